@@ -1,0 +1,5 @@
+"""``python -m flocktune`` is the command ``flocktune``."""
+
+from flocktune.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Model aggregation: how updates become the next adapter. Pure functions on named tensors."""

@@ -1,0 +1,36 @@
+"""The weighted mean of updates (FedAvg, McMahan et al., arXiv 1602.05629), one update at a time.
+
+Memory is one accumulator, however many clients there are. Updates are taken in task order, so the
+result is the same bit for bit, whichever client finished first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from flocktune.types import Update, merge_metrics
+
+
+def weighted_mean(updates: Iterable[Update]) -> Update:
+    """``sum_k p_k delta_k`` with ``p_k = weight_k / sum of weights``, in float32.
+
+    A running mean: ``m <- m + (delta - m) * w / W``. It equals the sum of products up to rounding, never
+    overflows, and returns one client's delta unchanged. The merged update weighs the sum of weights.
+    Raises ValueError when there is no update.
+    """
+    mean: dict[str, torch.Tensor] = {}
+    total, clients, metrics = 0.0, 0, {}
+    for update in updates:
+        total += update.weight
+        clients += update.clients
+        metrics = merge_metrics(metrics, update.metrics)
+        if not mean:
+            mean = {name: value.to(torch.float32, copy=True) for name, value in update.delta.items()}
+            continue
+        for name, value in update.delta.items():
+            mean[name].lerp_(value.to(torch.float32), update.weight / total)
+    if not clients:
+        raise ValueError("a mean needs at least one update")
+    return Update(mean, total, clients, metrics)

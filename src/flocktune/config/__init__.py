@@ -1,0 +1,1 @@
+"""The recipe: its shape (schema) and how it is read and checked (load)."""

@@ -1,0 +1,186 @@
+"""Reads recipes: YAML plus ``key=value`` overrides -> a checked :class:`RunConfig`, or all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from flocktune.config import schema
+from flocktune.config.schema import RunConfig
+from flocktune.errors import Problem, UserError
+
+NOT_PART_OF_THE_RESULT = ("name", "runtime", "checkpoint", "trackers", "compare")
+"""Top-level keys that may change between a run and its resumption."""
+
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-3`` as a number (YAML 1.2), which PyYAML takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a recipe file. Raises UserError with every problem of the file and the overrides."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = "nothing there" if isinstance(error, FileNotFoundError) else str(error)
+        fix = "Write one with: flocktune init my-run.yaml --method fedit"
+        raise UserError(Problem(str(path), "a recipe (YAML text)", got, fix)) from None
+    return parse_recipe(text, overrides, where=str(path))
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recipe") -> RunConfig:
+    """As :func:`load_recipe`, from text."""
+    try:
+        tree = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(Problem(where, "YAML", " ".join(str(error).split()))) from None
+    if not isinstance(tree, dict):
+        raise UserError(Problem(where, "a mapping of settings", f"a {type(tree).__name__}"))
+    problems = [problem for override in overrides for problem in _override(tree, override)]
+    return build_config(tree, problems)
+
+
+def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> RunConfig:
+    """Check a tree of plain values and make a :class:`RunConfig` of it. Raises UserError with every problem."""
+    try:
+        text = json.dumps(tree)
+    except (TypeError, ValueError) as error:
+        raise UserError(*problems, Problem("recipe", "plain values with text keys", str(error))) from None
+    try:
+        config = _ADAPTER.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(*problems, *_explain(error.errors(include_url=False))) from None
+    UserError.raise_all([*problems, *_cross_checks(config)])
+    return config
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """A recipe as plain values, with every default written out."""
+    return json.loads(_ADAPTER.dump_json(config)) if isinstance(config, RunConfig) else dataclasses.asdict(config)
+
+
+def dump_recipe(config: RunConfig) -> str:
+    """The resolved recipe as YAML text that :func:`parse_recipe` reads back to the same value."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def config_digest(config: RunConfig) -> str:
+    """Hex SHA-256 of everything in the recipe that bears on the result. Travels with every task."""
+    tree = {key: value for key, value in to_tree(config).items() if key not in NOT_PART_OF_THE_RESULT}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``path: old -> new`` for every setting that bears on the result and differs between two trees."""
+    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{key}: {flat_old.get(key, 'absent')} -> {flat_new.get(key, 'absent')}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key) and key.split(".")[0] not in NOT_PART_OF_THE_RESULT
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _override(tree: dict[str, Any], text: str) -> Iterator[Problem]:
+    """Apply one ``a.b.c=value`` to the tree; the value is read as YAML. Changing a ``kind`` drops its siblings."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        yield Problem(text, "an override key=value", "no '='", "Example: local.lr=1e-3")
+        return
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        yield Problem(text, "a value in YAML", value)
+        return
+    *parents, leaf = path.strip().split(".")
+    branch = tree
+    for parent in parents:
+        branch = branch.setdefault(parent, {})
+        if not isinstance(branch, dict):
+            yield Problem(text, f"a group of settings at {parent}", "a single value")
+            return
+    if leaf == "kind" and branch.get("kind") != parsed:
+        branch.clear()  # the other kind's settings do not fit this one
+    branch[leaf] = parsed
+
+
+def _explain(errors: Sequence[Any]) -> list[Problem]:
+    """Pydantic's errors in our words; what the members of one union say about one place becomes one problem."""
+    merged: dict[str, Problem] = {}
+    for item in errors:
+        path = [str(part) for part in item["loc"] if not _is_union_member(part)]
+        where = ".".join(path) or "recipe"
+        got = json.dumps(item.get("input"), default=str)[:120]
+        context = item.get("ctx", {})
+        match item["type"]:
+            case "unexpected_keyword_argument" | "extra_forbidden":
+                problem = Problem(where, "a known setting", "an unknown one", _suggest(path))
+            case "union_tag_not_found":
+                problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
+            case "union_tag_invalid":
+                problem = Problem(f"{where}.kind", f"one of {context['expected_tags']}", repr(context["tag"]))
+            case "missing" | "missing_argument":
+                problem = Problem(where, "a value", "nothing")
+            case _:
+                wanted = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+                problem = Problem(where, wanted, got)
+        if where in merged:
+            problem = dataclasses.replace(problem, expected=f"{merged[where].expected}, or {problem.expected}")
+        merged[where] = problem
+    return list(merged.values())
+
+
+def _is_union_member(part: Any) -> bool:
+    """Pydantic puts the union's member into the path (``iid``, ``tuple[str, ...]``); it is no key of the recipe."""
+    return isinstance(part, str) and (part in _KINDS or part in ("int", "str", "CustomTemplate") or "[" in part)
+
+
+_KINDS = frozenset(
+    tag
+    for part in vars(schema).values()
+    if dataclasses.is_dataclass(part) and "kind" in part.__annotations__
+    for tag in get_args(get_type_hints(part)["kind"])
+)
+
+
+def _suggest(path: Sequence[str]) -> str:
+    """The nearest key that exists at this place."""
+    known = [key for key, _ in _flatten(to_tree(RunConfig()))] + list(to_tree(RunConfig()))
+    near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else "See the commented recipe of: flocktune init"
+
+
+def _cross_checks(config: RunConfig) -> Iterator[Problem]:
+    """What no single field can say."""
+    local = config.local
+    if (local.steps is None) == (local.epochs is None):
+        got = "neither" if local.steps is None else f"steps {local.steps} and epochs {local.epochs}"
+        yield Problem("local", "exactly one of steps and epochs", got)
+    if local.optimizer == "adamw" and local.momentum:
+        yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
+    if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
+        yield Problem("evaluation.every", "0 when nothing is held out", str(config.evaluation.every),
+                      "Set data.test or data.test_rows_per_category.")

@@ -1,0 +1,365 @@
+"""The recipe as frozen dataclasses. Each default stands here, once, with its unit.
+
+Choices are discriminated unions (``kind: ...``). Reading and checking live in
+:mod:`flocktune.config.load`; nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, is_dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+EMBEDDED = "embedded"
+"""Names the model and the data that come with the package."""
+
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base. ``path`` is a local folder, a hub id, or ``embedded``."""
+
+    path: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685): W + scale * B A, scale = alpha / rank (rsLoRA: alpha / sqrt(rank)).
+
+    ``targets``: ``attention`` (query, key, value and output projections), ``all-linear`` (every linear
+    layer but the head), or a list of module name endings. ``start_from``: a PEFT adapter folder.
+    """
+
+    rank: Positive = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = False
+    targets: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    start_from: str | None = None
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; None means: found by the usual names (Dolly, Alpaca, chat, prompt/completion)."""
+
+    instruction: str | None = None
+    context: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    category: str | None = None
+    client: str | None = None
+
+
+@dataclass(frozen=True)
+class CustomTemplate:
+    """A user's own prompt. ``{instruction}`` and ``{context}`` are filled in; the response follows at once."""
+
+    with_context: str
+    without_context: str
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the instructions are and how they become tokens.
+
+    ``train``/``test``: a JSON, JSONL, CSV or Parquet file, a saved Hugging Face dataset folder, a folder
+    of one file per client (allocation ``natural``), a hub id, or ``embedded``. Without ``test``,
+    ``test_rows_per_category`` rows of each category are held out of ``train`` first.
+    ``max_tokens`` bounds prompt + response; the response is kept when cutting.
+    """
+
+    train: str = EMBEDDED
+    test: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    template: Literal["alpaca", "short", "chat"] | CustomTemplate = "alpaca"
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    train_on: Literal["responses", "everything"] = "responses"
+    test_rows_per_category: Count = 10
+    max_rows: Positive | None = None
+    batching: Literal["padded", "packed"] = "padded"
+
+
+# --- client data allocation -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Iid:
+    """Rows are dealt out at random, in equal amounts."""
+
+    kind: Literal["iid"] = "iid"
+    clients: Positive = 10
+    min_rows: Count = 1
+
+
+@dataclass(frozen=True)
+class ByCategory:
+    """Shepherd's split: rows sorted by category, cut into shards, ``categories_per_client`` shards each."""
+
+    kind: Literal["by_category"] = "by_category"
+    clients: Positive = 10
+    categories_per_client: Positive = 2
+    min_rows: Count = 1
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Each category is spread over clients by Dirichlet(alpha): small alpha, few categories per client."""
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    clients: Positive = 10
+    alpha: PositiveFloat = 0.5
+    min_rows: Count = 1
+
+
+@dataclass(frozen=True)
+class ClusterDirichlet:
+    """Dirichlet over text clusters (TF-IDF + k-means), for data without a category."""
+
+    kind: Literal["cluster_dirichlet"] = "cluster_dirichlet"
+    clients: Positive = 10
+    alpha: PositiveFloat = 0.5
+    clusters: Positive = 8
+    min_rows: Count = 1
+
+
+@dataclass(frozen=True)
+class QuantitySkew:
+    """Same mix everywhere, very different amounts: sizes drawn from Dirichlet(alpha) over clients."""
+
+    kind: Literal["quantity_skew"] = "quantity_skew"
+    clients: Positive = 10
+    alpha: PositiveFloat = 0.5
+    min_rows: Count = 1
+
+
+@dataclass(frozen=True)
+class Natural:
+    """The data's own owners: a client column (``data.columns.client``), or one file per client."""
+
+    kind: Literal["natural"] = "natural"
+    min_rows: Count = 1
+
+
+Allocation: TypeAlias = Annotated[
+    Iid | ByCategory | Dirichlet | ClusterDirichlet | QuantitySkew | Natural, Field(discriminator="kind")
+]
+
+
+# --- scheduling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A random cohort of ``fraction`` of the clients, without replacement."""
+
+    kind: Literal["uniform"] = "uniform"
+    fraction: Fraction = 1.0
+
+
+@dataclass(frozen=True)
+class BySize:
+    """As uniform, but a client is drawn with probability in proportion to its rows."""
+
+    kind: Literal["by_size"] = "by_size"
+    fraction: Fraction = 0.5
+
+
+@dataclass(frozen=True)
+class RoundRobin:
+    """Cohorts go around a list of clients that is shuffled once."""
+
+    kind: Literal["round_robin"] = "round_robin"
+    fraction: Fraction = 0.5
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Uniform among the clients that ``trace`` says are there: a JSON file, client -> list of 0/1 by round (repeating)."""
+
+    trace: str
+    kind: Literal["availability"] = "availability"
+    fraction: Fraction = 0.5
+
+
+@dataclass(frozen=True)
+class Named:
+    """Always these clients."""
+
+    clients: Annotated[tuple[str, ...], Field(min_length=1)]
+    kind: Literal["named"] = "named"
+
+
+Selection: TypeAlias = Annotated[
+    Uniform | BySize | RoundRobin | Availability | Named, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True)
+class SchedulingConfig:
+    """Who takes part in a round.
+
+    The cohort is ``max(1, floor(fraction * clients + 0.5))`` clients. ``over_select`` more (a fraction
+    of the cohort, rounded up) are asked, and the first ``cohort`` usable updates in task order count.
+    ``quorum``: the fraction of the cohort (rounded up) that must answer, else the round fails.
+    """
+
+    selection: Selection = field(default_factory=Uniform)
+    over_select: NonNegative = 0.0
+    quorum: Fraction = 0.5
+
+
+# --- local training --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """One client's training in one round. Exactly one of ``steps`` (optimiser steps) and ``epochs`` is set.
+
+    ``batch_size``: rows a micro-batch; ``accumulate``: micro-batches a step. ``clip_norm``: bound of the
+    gradient's Euclidean norm, 0 is off. ``schedule_over``: whether the learning rate's schedule restarts
+    in every round or runs once over all rounds. ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off.
+    """
+
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    batch_size: Positive = 8
+    accumulate: Positive = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.0
+    momentum: Momentum = 0.0
+    clip_norm: NonNegative = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    schedule_over: Literal["round", "run"] = "round"
+    proximal_mu: NonNegative = 0.0
+
+
+# --- aggregation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServerSgd:
+    """w <- w + lr * mean update; with ``momentum``, FedAvgM (arXiv 1909.06335)."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 1.0
+    momentum: Momentum = 0.0
+
+
+@dataclass(frozen=True)
+class ServerAdaptive:
+    """FedAdam, FedYogi, FedAdagrad (arXiv 2003.00295, algorithm 2): no bias correction, ``tau`` is the adaptivity."""
+
+    kind: Literal["adam", "yogi", "adagrad"]
+    lr: PositiveFloat = 0.01
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.99
+    tau: PositiveFloat = 1e-3
+
+
+ServerOptimizer: TypeAlias = Annotated[ServerSgd | ServerAdaptive, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    """How updates become the next adapter.
+
+    ``weights``: what a client counts by. ``diagnose_clients``: over how many updates of a round the
+    aggregation error is measured (memory is held for so many; 0 is off).
+    """
+
+    weights: Literal["examples", "tokens", "equal"] = "examples"
+    server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
+    diagnose_clients: Count = 10
+
+
+# --- the rest --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how the global adapter is evaluated on the held-out rows.
+
+    ``every``: rounds between evaluations, 0 is at the end only. ``generate``: also write answers
+    (greedily) and score them; ``max_new_tokens`` bounds one. ``max_rows``: rows evaluated while
+    training; the last evaluation takes all.
+    """
+
+    every: Count = 0
+    generate: bool = True
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 32
+    max_rows: Positive | None = None
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The baselines that are run beside the method, as settings of the same code.
+
+    ``local``: how many clients (drawn by the seed), or which, train alone.
+    """
+
+    base: bool = False
+    local: Count | tuple[str, ...] = 0
+    centralised: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``keep``: how many of the newest states are kept. ``keep_adapters_every``: rounds between adapters kept for good, 0 is never."""
+
+    keep: Annotated[int, Field(ge=2)] = 2
+    keep_adapters_every: Count = 0
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where it runs. ``threads``: CPU threads for torch, 0 leaves torch's own choice."""
+
+    device: str = "auto"
+    threads: Count = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole recipe."""
+
+    name: str = "run"
+    method: Literal["fedit", "base", "local", "centralised"] = "fedit"
+    seed: Count = 0
+    rounds: Count = 10
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    allocation: Allocation = field(default_factory=Iid)
+    scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
+    local: LocalConfig = field(default_factory=lambda: LocalConfig(steps=10))
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+
+
+for _part in [value for value in globals().values() if isinstance(value, type) and is_dataclass(value)]:
+    # A key that no field has is a mistake, in every part of a recipe.
+    _part.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]

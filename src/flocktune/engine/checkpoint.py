@@ -1,0 +1,92 @@
+"""Checkpoints: a state and the number of the next round. Atomic, verified, with the one before kept.
+
+    RUN/state/round-00007.safetensors   the server's state, and clients' memories, after 7 rounds
+    RUN/state/round-00007.json          the manifest: sha256 of that file, and digests of what the run stands on
+
+The manifest is written last. A state without a manifest was never finished; a state whose bytes do not match its
+manifest is damaged: the one before is used, saying so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+
+from flocktune.errors import FlocktuneError, UserError
+from flocktune.files import read_json, sha256_bytes, write_atomic, write_json
+from flocktune.interfaces import Memory, State
+from flocktune.tensors import group, prefixed
+from flocktune.types import Tensors
+
+_LOG = logging.getLogger(__name__)
+
+
+class CheckpointDamaged(FlocktuneError):
+    """No checkpoint of the run can be read; the message names each one and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``rounds_done`` rounds are in ``state``. ``identity``: recipe, data and model the run stands on."""
+
+    rounds_done: int
+    state: State
+    memories: Mapping[str, Memory]
+    identity: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
+    """Write a checkpoint, durably, then remove all but the newest ``keep``. Raises OSError (full disk); the ones before stand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = prefixed("state", checkpoint.state)
+    for client, memory in checkpoint.memories.items():
+        tensors |= prefixed(f"memory/{client}", memory)
+    path = folder / f"round-{checkpoint.rounds_done:05d}.safetensors"
+    blob = save({name: value.contiguous() for name, value in tensors.items()})
+    write_atomic(path, blob)
+    manifest = {
+        "rounds_done": checkpoint.rounds_done,
+        "sha256": sha256_bytes(blob),
+        "clients_with_memory": sorted(checkpoint.memories),
+        "identity": checkpoint.identity,
+    }
+    write_json(path.with_suffix(".json"), manifest)
+    for old in sorted(folder.glob("round-*.json"))[:-keep]:
+        old.unlink()  # the manifest first: a state without one counts for nothing
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint, or None when none was ever finished.
+
+    Raises CheckpointDamaged when there are checkpoints and none of them is sound.
+    """
+    problems = []
+    for path in sorted(folder.glob("round-*.json"), reverse=True):
+        try:
+            checkpoint = _read(path)
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+            problems.append(f"{path.with_suffix('.safetensors')}: {error}")
+            continue
+        for problem in problems:
+            _LOG.warning("damaged checkpoint: %s. Using the one before: %d rounds done.", problem, checkpoint.rounds_done)
+        return checkpoint
+    if problems:
+        raise CheckpointDamaged("no sound checkpoint:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return None
+
+
+def _read(manifest_path: Path) -> Checkpoint:
+    manifest = read_json(manifest_path)
+    blob = manifest_path.with_suffix(".safetensors").read_bytes()
+    found = sha256_bytes(blob)
+    if found != manifest["sha256"]:
+        raise ValueError(f"expected sha256 {manifest['sha256'][:12]}..., got {found[:12]}...")
+    tensors: Tensors = load(blob)
+    memories = {client: group(tensors, f"memory/{client}") for client in manifest["clients_with_memory"]}
+    return Checkpoint(manifest["rounds_done"], group(tensors, "state"), memories, manifest["identity"])

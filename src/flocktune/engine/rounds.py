@@ -1,0 +1,170 @@
+"""The round loop, the same for every algorithm and engine.
+
+    state -> message -> tasks -> engine -> replies -> transforms reversed -> checks -> combine -> step -> state'
+
+Nothing flows back inside a round, and updates are folded as they come: memory does not grow with clients.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from flocktune.aggregation.mean import weighted_mean
+from flocktune.errors import RoundFailed, UpdateRefused
+from flocktune.interfaces import Engine, ServerHalf, State, Transform
+from flocktune.scheduling import Cohort
+from flocktune.seeds import derive_seed
+from flocktune.tensors import mismatches, norm
+from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
+from flocktune.wire import encoded_size
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What one usable update said of itself."""
+
+    weight: float
+    metrics: Mapping[str, Mean]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round. ``seconds`` is split by activity; bytes are those of encoded messages."""
+
+    round: int
+    selected: tuple[str, ...]
+    failures: tuple[Failure, ...]
+    clients: Mapping[str, ClientRecord]
+    metrics: Mapping[str, Mean]
+    update_norm: float
+    bytes_down: int
+    bytes_up: int
+    seconds: Mapping[str, float]
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told what, while it happens. ``diagnose(message, updates)`` sees the first ``diagnose_clients`` of a round."""
+
+    on_reply: Callable[[int, int, str], None] = lambda done, total, client: None
+    on_round: Callable[[RoundRecord, State], None] = lambda record, state: None
+    should_stop: Callable[[], bool] = lambda: False
+    diagnose: Callable[[Tensors, Sequence[Update]], Mapping[str, float]] = lambda message, updates: {}
+    diagnose_clients: int = 0
+
+
+def run_rounds(
+    server: ServerHalf,
+    engine: Engine,
+    schedule: Callable[[int], Cohort],
+    state: State,
+    *,
+    first_round: int = 0,
+    rounds: int,
+    kind: str,
+    seed: int,
+    config_digest: str = "",
+    transforms: Sequence[Transform] = (),
+    hooks: Hooks | None = None,
+) -> State:
+    """Run rounds ``first_round .. rounds - 1`` and return the last state.
+
+    ``schedule(round)`` gives the cohort. ``hooks.on_round`` gets every finished round with its state: that is where a
+    checkpoint is written. Raises RoundFailed when fewer than the quorum answer; the state is then that of the
+    round before.
+    """
+    hooks = hooks or Hooks()
+    for number in range(first_round, rounds):
+        if hooks.should_stop():
+            break
+        cohort = schedule(number)
+        message = server.message(state, number)
+        tasks = (
+            ClientTask(number, client, kind, message, derive_seed(seed, number, client), config_digest)
+            for client in cohort.asked
+        )
+        intake = _Intake(cohort, message, transforms, hooks)
+        started = time.perf_counter()
+        updates = intake.usable(zip(cohort.asked, engine.run(tasks), strict=False))
+        first = next(updates, None)
+        combined = first and (server.combine or weighted_mean)(chain([first], updates))
+        if combined is None or len(intake.clients) < cohort.quorum:
+            raise RoundFailed(number, max(1, cohort.quorum), len(intake.clients), intake.failures)
+        state = server.step(state, combined)
+        record = RoundRecord(
+            round=number,
+            selected=cohort.asked,
+            failures=tuple(intake.failures),
+            clients=intake.clients,
+            metrics=combined.metrics,
+            update_norm=norm(combined.delta),
+            bytes_down=intake.asked * encoded_size(message),
+            bytes_up=intake.bytes_up,
+            seconds={"train": intake.waiting_s, "aggregate": time.perf_counter() - started - intake.waiting_s},
+            diagnostics=hooks.diagnose(message, intake.kept) if intake.kept else {},
+        )
+        hooks.on_round(record, state)
+    return state
+
+
+class _Intake:
+    """Takes replies one by one: measures, undoes transforms, checks, and lets usable updates through."""
+
+    def __init__(self, cohort: Cohort, message: Tensors, transforms: Sequence[Transform], hooks: Hooks) -> None:
+        self.cohort, self.message, self.transforms, self.hooks = cohort, message, transforms, hooks
+        self.clients: dict[str, ClientRecord] = {}
+        self.failures: list[Failure] = []
+        self.kept: list[Update] = []
+        self.asked = self.bytes_up = 0
+        self.waiting_s = 0.0
+
+    def usable(self, replies: Iterator[tuple[str, Update | Failure]]) -> Iterator[Update]:
+        """The updates that may touch the state, at most as many as the cohort wants."""
+        while len(self.clients) < self.cohort.wanted:
+            started = time.perf_counter()
+            pair = next(replies, None)
+            self.waiting_s += time.perf_counter() - started
+            if pair is None:
+                return
+            client, reply = pair
+            self.asked += 1
+            self.hooks.on_reply(self.asked, len(self.cohort.asked), client)
+            if isinstance(reply, Update):
+                self.bytes_up += encoded_size(reply.delta)
+                reply = self._checked(client, reply)
+            if isinstance(reply, Failure):
+                self.failures.append(reply)
+                continue
+            self.clients[client] = ClientRecord(reply.weight, reply.metrics)
+            if len(self.kept) < self.hooks.diagnose_clients:
+                self.kept.append(reply)
+            yield reply
+
+    def _checked(self, client: str, update: Update) -> Update | Failure:
+        try:
+            for transform in reversed(self.transforms):
+                update = transform.on_server(update)
+            check_update(self.message, update)
+        except UpdateRefused as refusal:
+            return Failure(client, str(refusal))
+        return update
+
+
+def check_update(message: Tensors, update: Update) -> None:
+    """Refuse an update that must not touch the state: every problem in one UpdateRefused.
+
+    ``message`` says which names and shapes a delta has; it must be float32, finite, with a positive finite weight.
+    """
+    problems = mismatches(message, update.delta)
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        problems.append(f"weight: expected a positive number, got {update.weight}")
+    if update.clients < 1:
+        problems.append(f"clients: expected at least 1, got {update.clients}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UpdateRefused(f"update refused: {shown}")

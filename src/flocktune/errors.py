@@ -1,0 +1,60 @@
+"""Errors a person can act on: what was expected, what was got, where, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flocktune.types import Failure
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    ``where`` is a recipe path (``local.lr``) or a file and line; ``fix`` says what to do.
+    """
+
+    where: str
+    expected: str
+    got: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: expected {self.expected}, got {self.got}"
+        return f"{text}. {self.fix}" if self.fix else text
+
+
+class FlocktuneError(Exception):
+    """Base of all errors that flocktune raises on purpose."""
+
+
+class UserError(FlocktuneError):
+    """A mistake in what the user gave. The command line shows it and exits with code 2."""
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems: Sequence[Problem | str] = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+    @classmethod
+    def raise_all(cls, problems: Iterable[Problem | str]) -> None:
+        """Raise one error that names every problem; do nothing when there is none."""
+        found = tuple(problems)
+        if found:
+            raise cls(*found)
+
+
+class UpdateRefused(FlocktuneError):
+    """A client's update that must not touch the state (names, shapes, dtypes, NaN, weight)."""
+
+
+class RoundFailed(FlocktuneError):
+    """Fewer clients answered than the quorum. Names every reason; the state is unchanged."""
+
+    def __init__(self, round: int, needed: int, answered: int, failures: Sequence[Failure]) -> None:
+        self.failures = tuple(failures)
+        reasons = "\n".join(f"  {failure.client}: {failure.reason}" for failure in failures)
+        super().__init__(
+            f"round {round}: expected updates of at least {needed} clients, got {answered}.\n{reasons}\n"
+            "Mend the clients and resume the run, or lower scheduling.quorum."
+        )

@@ -1,0 +1,94 @@
+"""A method beside its baselines, over one or several seeds: run folders inside a folder, and one table.
+
+    EXPERIMENT/base/ local_1/ ... fedit/ centralised/     with several seeds below seed-0/, seed-1/, ...
+    EXPERIMENT/summary.json                               one entry per method
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flocktune.assemble import allocate_clients
+from flocktune.config.load import load_recipe
+from flocktune.config.schema import Named, RunConfig
+from flocktune.errors import Problem, UserError
+from flocktune.files import exclusive, read_json, write_json
+from flocktune.report.summaries import combine_seeds
+from flocktune.runs import EXPERIMENT, Listener, create_run, execute
+from flocktune.seeds import derive_seed
+
+def is_experiment(config: RunConfig, seeds: Sequence[int]) -> bool:
+    """Whether the recipe asks for more than one run."""
+    compare = config.compare
+    return bool(compare.base or compare.local or compare.centralised or len(seeds) > 1)
+
+
+def execute_experiment(
+    folder: Path, listeners: Sequence[Listener] = (), stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Run, or go on with, every run of the experiment, and return its summary. Raises as :func:`execute`."""
+    with exclusive(folder):
+        config = load_recipe(folder / "recipe.yaml")
+        seeds = read_json(folder / EXPERIMENT)["seeds"]
+        by_seed = []
+        for seed in seeds:
+            place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
+            place.mkdir(exist_ok=True)
+            by_seed.append(_execute_seed(replace(config, seed=seed), place, listeners, stop))
+            write_json(place / "summary.json", by_seed[-1])
+        if len(seeds) == 1:
+            return by_seed[0]
+        combined = {method: combine_seeds([summaries[method] for summaries in by_seed]) for method in by_seed[0]}
+        write_json(folder / "summary.json", combined)
+        return combined
+
+
+def _execute_seed(
+    config: RunConfig, place: Path, listeners: Sequence[Listener], stop: threading.Event | None
+) -> dict[str, Any]:
+    summaries = {}
+    for method, variant in plan(config, list(allocate_clients(config).clients)).items():
+        run = place / method
+        if not (run / "recipe.yaml").exists():
+            create_run(variant, run)
+        summaries[method] = execute(run, listeners, stop)
+    return summaries
+
+
+def plan(config: RunConfig, clients: Sequence[str]) -> Mapping[str, RunConfig]:
+    """The runs of one seed, by name: ``base``, ``local_1`` ..., the method itself, ``centralised``.
+
+    Raises UserError when ``compare.local`` asks for clients that are not there.
+    """
+    compare = config.compare
+    alone = replace(config, compare=type(compare)())
+    runs = {"base": replace(alone, method="base")} if compare.base else {}
+    for number, client in enumerate(_local_clients(config, clients), start=1):
+        scheduling = replace(config.scheduling, selection=Named((client,)), over_select=0.0)
+        runs[f"local_{number}"] = replace(alone, method="local", scheduling=scheduling)
+    runs[config.method] = alone
+    if compare.centralised:
+        runs["centralised"] = replace(alone, method="centralised")
+    return runs
+
+
+def _local_clients(config: RunConfig, clients: Sequence[str]) -> list[str]:
+    wanted = config.compare.local
+    if isinstance(wanted, int):
+        if wanted > len(clients):
+            raise UserError(Problem("compare.local", f"at most {len(clients)} clients", str(wanted)))
+        draw = np.random.default_rng(derive_seed(config.seed, "local clients"))
+        return [clients[index] for index in sorted(draw.permutation(len(clients))[:wanted])]
+    UserError.raise_all(
+        Problem("compare.local", f"names among {', '.join(clients[:20])}", json.dumps(name))
+        for name in wanted
+        if name not in clients
+    )
+    return list(wanted)

@@ -1,0 +1,100 @@
+"""Files that are never half written, and folders that one process holds at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flocktune.errors import Problem, UserError
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write ``data`` so that ``path`` holds the old or the new content, whatever happens.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder. On failure (full disk)
+    the temporary file is removed and the old content stands. Raises OSError.
+    """
+    payload = data.encode() if isinstance(data, str) else data
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN is refused: write None instead."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(Problem(str(path), "a file", "nothing there")) from None
+    except (ValueError, OSError) as error:
+        raise UserError(Problem(str(path), "a JSON file", str(error))) from None
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_path(path: Path) -> str:
+    """Hex SHA-256 of a file, or of a folder's relative names and contents (hidden ones left out)."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        relative = file.relative_to(path)
+        if not any(part.startswith(".") for part in relative.parts):
+            digest.update(f"{relative}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process. The lock goes with the process, also after kill -9.
+
+    Raises UserError when another process holds it.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                Problem(str(folder), "a run folder that nobody is using", "one that another process holds",
+                        "Wait for that run, or choose another folder with --out.")
+            ) from None
+        yield

@@ -1,0 +1,61 @@
+"""The seams: what an algorithm, a wire transform and an engine must provide.
+
+An algorithm is two halves in one file. They run in different processes in a deployment, yet are
+read and tested together. All server functions are pure over an explicit state, so a checkpoint is
+the state and the number of the next round, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from flocktune.types import ClientTask, Failure, Tensors, Update
+
+State: TypeAlias = Tensors
+"""A server's whole state, flat: ``group/name`` -> tensor. Scalars are 0-d tensors."""
+
+Memory: TypeAlias = Tensors
+"""A client's private state. It never travels. Empty when a method needs none."""
+
+ClientHalf: TypeAlias = Callable[[ClientTask, Memory], tuple[Update, Memory]]
+"""One client's part of one round."""
+
+
+@dataclass(frozen=True)
+class ServerHalf:
+    """Pure functions over a serialisable state.
+
+    init:    starting tensors -> state
+    message: state, round -> tensors every selected client receives
+    step:    state, combined update -> next state
+    result:  state -> the tensors the run is for (the adapter)
+    combine: updates (in task order) -> one update. ``None`` means the weighted mean, and that is
+             the licence for secure aggregation: only one linear sum leaves the clients.
+    """
+
+    init: Callable[[Tensors], State]
+    message: Callable[[State, int], Tensors]
+    step: Callable[[State, Update], State]
+    result: Callable[[State], Tensors]
+    combine: Callable[[Iterable[Update]], Update] | None = None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A pair around the wire: what a client does last and the server undoes first.
+
+    ``on_client(update, task)`` runs in the client's process; ``on_server(update)`` in the server's,
+    in reverse order of the list.
+    """
+
+    name: str
+    on_client: Callable[[Update, ClientTask], Update]
+    on_server: Callable[[Update], Update]
+
+
+class Engine(Protocol):
+    """Runs tasks somewhere. One reply for each task, in task order; tasks are taken lazily."""
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update | Failure]: ...

@@ -1,0 +1,115 @@
+"""A finished run, or any PEFT adapter, opened to be evaluated, tried and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flocktune.assemble import Base, allocate_clients, load_base, load_instructions
+from flocktune.config.load import load_recipe
+from flocktune.config.schema import ModelConfig, RunConfig
+from flocktune.data.encoding import encode_prompt
+from flocktune.data.examples import Example
+from flocktune.errors import Problem, UserError
+from flocktune.evaluation.evaluate import Evaluation, evaluate
+from flocktune.evaluation.generate import stream_answer
+from flocktune.files import read_json
+from flocktune.models.peft_io import CONFIG_FILE, export_peft, import_peft
+from flocktune.runs import EXPERIMENT
+from flocktune.types import Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A base model with a trained adapter in it, and the recipe that says how to speak to it."""
+
+    config: RunConfig
+    base: Base
+    adapter: Tensors
+
+
+def open_result(path: Path, method: str | None = None, base_model: str | None = None) -> Tuned:
+    """Open a run's folder, a comparison's (``method`` chooses), or a PEFT adapter's. Raises UserError."""
+    if (path / CONFIG_FILE).exists():
+        tensors, lora = import_peft(path)
+        named = base_model or read_json(path / CONFIG_FILE).get("base_model_name_or_path") or ""
+        config = RunConfig(model=ModelConfig(path=named), lora=lora)
+    else:
+        run = find_run(path, method)
+        tensors, _ = import_peft(run / "adapter")
+        config = load_recipe(run / "recipe.yaml")
+        config = replace(config, lora=replace(config.lora, start_from=None))
+        if base_model:
+            config = replace(config, model=replace(config.model, path=base_model))
+    base = load_base(config.model, config.lora, config.runtime.device)
+    base.adapter.load(tensors)
+    return Tuned(config, base, tensors)
+
+
+def find_run(path: Path, method: str | None = None) -> Path:
+    """The finished run that ``path`` means. In a comparison: ``method``'s, else its own method's, of the first seed."""
+    if not (path / "recipe.yaml").exists():
+        raise UserError(Problem(str(path), f"a run's folder, or an adapter's with {CONFIG_FILE}",
+                                "neither" if path.exists() else "nothing there"))
+    run = path
+    if (path / EXPERIMENT).exists():
+        seeds = read_json(path / EXPERIMENT)["seeds"]
+        place = path if len(seeds) == 1 else path / f"seed-{seeds[0]}"
+        run = place / (method or load_recipe(path / "recipe.yaml").method)
+        if not run.is_dir():
+            there = sorted(entry.parent.name for entry in place.glob("*/recipe.yaml"))
+            raise UserError(Problem("--method", f"one of {', '.join(there) or 'the finished runs'}", repr(run.name)))
+    if not (run / "adapter" / CONFIG_FILE).exists():
+        raise UserError(Problem(str(run), "a finished run", "one without an adapter yet", f"Finish it: flocktune resume {path}"))
+    return run
+
+
+def evaluate_on(tuned: Tuned, data: str | None = None, max_rows: int | None = None) -> Evaluation:
+    """Evaluate on a data source, or on the run's own held-out rows. Raises UserError."""
+    config, base = tuned.config, tuned.base
+    if data is None:
+        rows = allocate_clients(config).test
+    else:
+        rows = load_instructions(data, replace(config.data, max_rows=None), config.model)
+    return evaluate(
+        base.model,
+        base.tokenizer,
+        rows.examples,
+        rows.encoded,
+        settings=config.evaluation,
+        template=config.data.template,
+        max_tokens=config.data.max_tokens,
+        pad_id=base.pad_id,
+        max_rows=max_rows,
+    )
+
+
+def answer_stream(
+    tuned: Tuned, instruction: str, context: str = "", max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
+    """The answer to one instruction, piece by piece, with the prompt template of the training."""
+    config, base = tuned.config, tuned.base
+    example = Example(instruction, context)
+    prompt = encode_prompt(example, base.tokenizer, template=config.data.template, max_tokens=config.data.max_tokens)
+    return stream_answer(base.model, base.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> Path:
+    """Write a PEFT adapter, or the merged transformers model with its tokenizer. Raises UserError; never overwrites."""
+    if to.exists() and any(to.iterdir()):
+        raise UserError(Problem(str(to), "a new or empty folder", "one with files in it", "Choose another: --to"))
+    tuned = open_result(path, method)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        if merged:
+            tuned.base.adapter.merge().save_pretrained(to)
+            tuned.base.tokenizer.save_pretrained(to)
+            load_base.cache_clear()  # the resident model is no longer the base
+        else:
+            export_peft(tuned.adapter, tuned.config.lora, tuned.base.model, to, tuned.config.model.path)
+    except OSError as error:
+        raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
+    return to
+
+
