@@ -82,8 +82,8 @@ def _decode(kind: str, blob: bytes) -> tuple[dict[str, Any], Tensors]:
     return fields, tensors
 
 
-def _build(kind: type, **fields: Any) -> Any:
+def _build(message: type, /, **fields: Any) -> Any:
     try:
-        return kind(**fields)
+        return message(**fields)
     except TypeError as error:
-        raise UpdateRefused(f"message: expected the fields of {kind.__name__}, got {error}") from None
+        raise UpdateRefused(f"message: expected the fields of {message.__name__}, got {error}") from None

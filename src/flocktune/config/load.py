@@ -77,7 +77,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump_recipe(config: RunConfig) -> str:
     """The resolved recipe as YAML text that :func:`parse_recipe` reads back to the same value."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
 def config_digest(config: RunConfig) -> str:

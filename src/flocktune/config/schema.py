@@ -103,58 +103,58 @@ class DataConfig:
 class Iid:
     """Rows are dealt out at random, in equal amounts."""
 
-    kind: Literal["iid"] = "iid"
     clients: Positive = 10
     min_rows: Count = 1
+    kind: Literal["iid"] = "iid"
 
 
 @dataclass(frozen=True)
 class ByCategory:
     """Shepherd's split: rows sorted by category, cut into shards, ``categories_per_client`` shards each."""
 
-    kind: Literal["by_category"] = "by_category"
     clients: Positive = 10
     categories_per_client: Positive = 2
     min_rows: Count = 1
+    kind: Literal["by_category"] = "by_category"
 
 
 @dataclass(frozen=True)
 class Dirichlet:
     """Each category is spread over clients by Dirichlet(alpha): small alpha, few categories per client."""
 
-    kind: Literal["dirichlet"] = "dirichlet"
     clients: Positive = 10
     alpha: PositiveFloat = 0.5
     min_rows: Count = 1
+    kind: Literal["dirichlet"] = "dirichlet"
 
 
 @dataclass(frozen=True)
 class ClusterDirichlet:
     """Dirichlet over text clusters (TF-IDF + k-means), for data without a category."""
 
-    kind: Literal["cluster_dirichlet"] = "cluster_dirichlet"
     clients: Positive = 10
     alpha: PositiveFloat = 0.5
     clusters: Positive = 8
     min_rows: Count = 1
+    kind: Literal["cluster_dirichlet"] = "cluster_dirichlet"
 
 
 @dataclass(frozen=True)
 class QuantitySkew:
     """Same mix everywhere, very different amounts: sizes drawn from Dirichlet(alpha) over clients."""
 
-    kind: Literal["quantity_skew"] = "quantity_skew"
     clients: Positive = 10
     alpha: PositiveFloat = 0.5
     min_rows: Count = 1
+    kind: Literal["quantity_skew"] = "quantity_skew"
 
 
 @dataclass(frozen=True)
 class Natural:
     """The data's own owners: a client column (``data.columns.client``), or one file per client."""
 
-    kind: Literal["natural"] = "natural"
     min_rows: Count = 1
+    kind: Literal["natural"] = "natural"
 
 
 Allocation: TypeAlias = Annotated[
@@ -169,24 +169,24 @@ Allocation: TypeAlias = Annotated[
 class Uniform:
     """A random cohort of ``fraction`` of the clients, without replacement."""
 
-    kind: Literal["uniform"] = "uniform"
     fraction: Fraction = 1.0
+    kind: Literal["uniform"] = "uniform"
 
 
 @dataclass(frozen=True)
 class BySize:
     """As uniform, but a client is drawn with probability in proportion to its rows."""
 
-    kind: Literal["by_size"] = "by_size"
     fraction: Fraction = 0.5
+    kind: Literal["by_size"] = "by_size"
 
 
 @dataclass(frozen=True)
 class RoundRobin:
     """Cohorts go around a list of clients that is shuffled once."""
 
-    kind: Literal["round_robin"] = "round_robin"
     fraction: Fraction = 0.5
+    kind: Literal["round_robin"] = "round_robin"
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ class Availability:
     """Uniform among the clients that ``trace`` says are there: a JSON file, client -> list of 0/1 by round (repeating)."""
 
     trace: str
-    kind: Literal["availability"] = "availability"
     fraction: Fraction = 0.5
+    kind: Literal["availability"] = "availability"
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ class LocalConfig:
 class ServerSgd:
     """w <- w + lr * mean update; with ``momentum``, FedAvgM (arXiv 1909.06335)."""
 
-    kind: Literal["sgd"] = "sgd"
     lr: PositiveFloat = 1.0
     momentum: Momentum = 0.0
+    kind: Literal["sgd"] = "sgd"
 
 
 @dataclass(frozen=True)
@@ -340,9 +340,9 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole recipe."""
+    """A whole recipe. ``name`` is also that of the run's folder."""
 
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     method: Literal["fedit", "base", "local", "centralised"] = "fedit"
     seed: Count = 0
     rounds: Count = 10

@@ -1,0 +1,39 @@
+# make setup   a virtual environment in .venv with everything, development tools too
+# make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
+# make test    all tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS ?= 0
+OUT ?= runs/demo
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.done
+
+# torch first and by its exact version: pip then takes the CPU build where one is offered.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=23"
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,trackers]"
+	touch $@
+
+demo: setup
+	rm -rf "$(OUT)"
+	$(BIN)/flocktune run recipes/demo.yaml --out "$(OUT)" --seeds $(SEEDS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

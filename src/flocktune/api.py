@@ -1,0 +1,31 @@
+"""What ``flocktune run`` does, for a user's own script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flocktune.config.schema import RunConfig
+from flocktune.experiment import execute_experiment, is_experiment
+from flocktune.runs import EXPERIMENT, Listener, create_run, execute
+
+
+def run(
+    config: RunConfig, out: Path | str | None = None, *, seeds: Sequence[int] = (), listeners: Sequence[Listener] = ()
+) -> dict[str, Any]:
+    """Run a recipe in a new folder (default ``runs/<name>``) and return its summary.
+
+    With baselines in ``config.compare``, or several ``seeds``: one entry per method. Raises UserError, RoundFailed.
+    """
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    wanted = tuple(seeds) or (config.seed,)
+    create_run(config, folder, wanted if is_experiment(config, wanted) else ())
+    return resume(folder, listeners=listeners)
+
+
+def resume(folder: Path | str, *, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
+    """Go on with a run or a comparison from its last saved round, and return its summary. Raises as :func:`run`."""
+    place = Path(folder)
+    several = (place / EXPERIMENT).exists()
+    return (execute_experiment if several else execute)(place, listeners)
