@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flocktune.config.schema import RunConfig
-from flocktune.experiment import execute_experiment, is_experiment
-from flocktune.runs import EXPERIMENT, Listener, create_run, execute
+from flocktune.experiment import execute_experiment, start
+from flocktune.runs import EXPERIMENT, Listener, execute
 
 
 def run(
@@ -19,8 +19,7 @@ def run(
     With baselines in ``config.compare``, or several ``seeds``: one entry per method. Raises UserError, RoundFailed.
     """
     folder = Path(out) if out is not None else Path("runs") / config.name
-    wanted = tuple(seeds) or (config.seed,)
-    create_run(config, folder, wanted if is_experiment(config, wanted) else ())
+    start(config, folder, tuple(seeds) or (config.seed,))
     return resume(folder, listeners=listeners)
 
 

@@ -142,7 +142,12 @@ def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Inst
         folder=default_cache_folder(),
     )
     if report.untrainable:
-        _LOG.warning("%s: %d of %d rows have nothing to learn from and are left out", source, len(report.untrainable), report.rows)
+        _LOG.warning(
+            "%s: %d of %d rows have nothing to learn from and are left out",
+            source,
+            len(report.untrainable),
+            report.rows,
+        )
     return Instructions(examples, encoded, report, digest)
 
 
@@ -182,16 +187,7 @@ def federation(config: RunConfig) -> Federation:
         local = replace(local, steps=centralised_steps(config, data.clients), epochs=None)
         data = replace(data, clients={EVERYONE: np.sort(np.concatenate(list(data.clients.values())))})
     rounds = 0 if config.method == "base" else config.rounds
-    sizes = {name: len(rows) for name, rows in data.clients.items()}
-    selection = config.scheduling.selection
-    trace = read_trace(Path(selection.trace), list(sizes)) if isinstance(selection, Availability) else None
-
-    def schedule(number: int) -> Cohort:
-        if config.method == "centralised":
-            return Cohort((EVERYONE,), 1, 1)
-        return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace)
-
-    schedule(0)  # names an unknown client now, not after the model's work has begun
+    check_context(data, getattr(base.model.config.get_text_config(), "max_position_embeddings", None))
     return Federation(
         config,
         base,
@@ -202,9 +198,46 @@ def federation(config: RunConfig) -> Federation:
         fedavg.client_half(
             base.adapter, _client_data(config, base, data), local, config.aggregation.weights, rounds=rounds
         ),
-        schedule,
-        {"recipe": to_tree(config), "data": data.train.digest, "test": data.test.digest, "model": model_digest(config.model)},
+        scheduler(config, data.clients),
+        {
+            "recipe": to_tree(config),
+            "data": data.train.digest,
+            "test": data.test.digest,
+            "model": _base_digest(config.model),
+        },
     )
+
+
+_base_digest = lru_cache(maxsize=1)(model_digest)  # once in a process, as the base itself: it may be gigabytes
+
+
+def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> Callable[[int], Cohort]:
+    """Round -> cohort. Raises UserError for an unknown client or a bad trace now, not when its round has come."""
+    sizes = {name: len(rows) for name, rows in clients.items()}
+    selection = config.scheduling.selection
+    trace = read_trace(Path(selection.trace), list(sizes)) if isinstance(selection, Availability) else None
+
+    def schedule(number: int) -> Cohort:
+        if config.method == "centralised":
+            return Cohort((EVERYONE,), 1, 1)
+        return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace)
+
+    schedule(0)
+    return schedule
+
+
+def check_context(data: ClientRows, positions: int | None) -> None:
+    """Raise UserError when a row has more tokens than the model has positions."""
+    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in (data.train, data.test))
+    if positions is not None and longest > positions:
+        raise UserError(
+            Problem(
+                "data.max_tokens",
+                f"at most the {positions} tokens of the model's context",
+                f"a row of {longest}",
+                f"Set data.max_tokens to {positions} or less.",
+            )
+        )
 
 
 def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> int:
@@ -216,18 +249,27 @@ def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | N
 
 
 def starting_adapter(config: RunConfig, adapter: Adapter) -> Tensors:
-    """The adapter before round 1: drawn from the seed, or ``lora.start_from``. Raises UserError when it does not fit."""
+    """The adapter before round 1: drawn from the seed, or ``lora.start_from``. Raises UserError."""
     adapter.reset(config.seed)
     fresh = adapter.tensors()
     if config.lora.start_from is None:
         return fresh
-    given, _ = import_peft(Path(config.lora.start_from))
-    problems = mismatches(fresh, given)
+    return given_adapter(config.lora.start_from, fresh)
+
+
+def given_adapter(folder: str, expected: Tensors) -> Tensors:
+    """The adapter to start from, of ``expected`` names and shapes. Raises UserError when it does not fit."""
+    given, _ = import_peft(Path(folder))
+    problems = mismatches(expected, given)
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise UserError(
-            Problem("lora.start_from", "an adapter of the recipe's rank and targets", shown,
-                    "Set lora.rank and lora.targets to those of the adapter.")
+            Problem(
+                "lora.start_from",
+                "an adapter of the recipe's rank and targets",
+                shown,
+                "Set lora.rank and lora.targets to those of the adapter.",
+            )
         )
     return given
 

@@ -63,18 +63,18 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/<name of the recipe>.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several seeds, for example 0,1,2: runs all, and shows mean and deviation.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Several seeds, for example 0,1,2: runs all, and shows mean and deviation.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe. Ctrl-C once: finish the round, save, exit. Twice: stop now; nothing saved is lost."""
     from flocktune.config.load import load_recipe
-    from flocktune.experiment import is_experiment
-    from flocktune.runs import create_run
+    from flocktune.experiment import start
 
     config = load_recipe(recipe, overrides or ())
-    wanted = _seeds(seeds, config)
     folder = out or Path("runs") / config.name
-    create_run(config, folder, wanted if is_experiment(config, wanted) else ())
+    start(config, folder, _seeds(seeds, config))
     _go_on(folder, quiet)
 
 
@@ -87,8 +87,12 @@ def resume(folder: RunFolder, quiet: Quiet = False) -> None:
 @app.command()
 def split(
     data: Annotated[str, typer.Argument(help="A data file, folder or hub id, or 'embedded'.")],
-    to: Annotated[Path, typer.Option(help="The folder to write: one JSONL file a client, test.jsonl, a picture.")] = Path("clients"),
-    by: Annotated[str, typer.Option(help="iid, by_category, dirichlet, cluster_dirichlet, quantity_skew or natural.")] = "dirichlet",
+    to: Annotated[
+        Path, typer.Option(help="The folder to write: one JSONL file a client, test.jsonl, a picture.")
+    ] = Path("clients"),
+    by: Annotated[
+        str, typer.Option(help="iid, by_category, dirichlet, cluster_dirichlet, quantity_skew or natural.")
+    ] = "dirichlet",
     clients: Annotated[int, typer.Option(min=1, help="How many clients.")] = 10,
     alpha: Annotated[float, typer.Option(help="How even a Dirichlet draw is: small is uneven.")] = 0.5,
     categories_per_client: Annotated[int, typer.Option(min=1, help="For by_category.")] = 2,
@@ -109,7 +113,11 @@ def split(
         case "dirichlet" | "cluster_dirichlet" | "quantity_skew":
             settings["alpha"] = alpha
     config = build_config(
-        {"seed": seed, "data": {"train": data, "test_rows_per_category": test_rows_per_category}, "allocation": settings}
+        {
+            "seed": seed,
+            "data": {"train": data, "test_rows_per_category": test_rows_per_category},
+            "allocation": settings,
+        }
     )
     console.print(write_split(config, to))
 
@@ -117,7 +125,9 @@ def split(
 @app.command("eval")
 def evaluate_command(
     result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
-    data: Annotated[str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1)] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
@@ -188,21 +198,26 @@ def report(folder: RunFolder) -> None:
 def _go_on(folder: Path, quiet: bool) -> None:
     """Run ``folder`` to its end, show the result, write the report."""
     from flocktune.config.load import load_recipe
+    from flocktune.errors import FlocktuneError
     from flocktune.experiment import execute_experiment
+    from flocktune.interrupts import stop_on_signals
     from flocktune.report.html import write_report
     from flocktune.report.live import LiveView
     from flocktune.report.tables import comparison_table
     from flocktune.report.trackers import Trackers
-    from flocktune.runs import EXPERIMENT, Stopped, execute, stop_on_signals
+    from flocktune.runs import EXPERIMENT, Listener, Stopped, execute
 
     config = load_recipe(folder / "recipe.yaml")
     several = (folder / EXPERIMENT).exists()
+    trackers = [Trackers(config, folder)] if config.trackers else []
     with LiveView(console, plain=True if quiet else None) as view, stop_on_signals(view.console.print) as stop:
-        listeners = [view, *([Trackers(config, folder)] if config.trackers else [])]
+        listeners: list[Listener] = [view, *trackers]
         try:
             summary = (execute_experiment if several else execute)(folder, listeners, stop)
         except (Stopped, KeyboardInterrupt):
             raise typer.Exit(_stopped(folder)) from None
+        except OSError as error:
+            raise FlocktuneError(_not_written(folder, error)) from None
     console.print(comparison_table(summary if several else {config.method: summary}))
     console.print(f"Report: {write_report(folder)}", soft_wrap=True)
 
@@ -210,6 +225,13 @@ def _go_on(folder: Path, quiet: bool) -> None:
 def _stopped(folder: Path) -> int:
     problems.print(f"Stopped. Go on with: flocktune resume {folder}", soft_wrap=True)
     return 130
+
+
+def _not_written(folder: Path, error: OSError) -> str:
+    from flocktune.errors import Problem
+
+    fix = f"Every saved round stands. Mend it, make room, then: flocktune resume {folder}"
+    return str(Problem(str(folder), "a disk that takes what the run writes", str(error), fix))
 
 
 def _existing_run(folder: Path) -> Path:
@@ -257,7 +279,9 @@ def _polite_errors() -> Iterator[None]:
         problems.print(f"[red]failed:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
     except OSError as error:
-        problems.print(f"[red]failed:[/] {_escape(str(error))}. What was saved before stands.", soft_wrap=True, highlight=False)
+        problems.print(
+            f"[red]failed:[/] {_escape(str(error))}. What was saved before stands.", soft_wrap=True, highlight=False
+        )
         raise SystemExit(1) from None
 
 

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from flocktune.algorithms.fedavg import steps_per_round
-from flocktune.assemble import allocate_clients
-from flocktune.config.schema import Named, RunConfig
+from flocktune.assemble import allocate_clients, check_context, given_adapter, scheduler
+from flocktune.config.schema import RunConfig
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.models.load import describe, load_skeleton, pick_device
 from flocktune.models.lora import shapes
 from flocktune.report.tables import format_bytes
-from flocktune.scheduling import cohort_size
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,19 @@ def estimate(config: RunConfig) -> Estimate:
     factors = attempt(lambda: shapes(skeleton, config.lora)) if skeleton is not None else None
     attempt(lambda: pick_device(config.runtime.device))
     data = attempt(lambda: allocate_clients(config))
+    schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
+    base = describe(config.model, skeleton) if skeleton is not None else None
+    if base is not None and data is not None:
+        attempt(lambda: check_context(data, base.positions))
+    if config.lora.start_from is not None and factors is not None:
+        expected = {name: torch.empty(shape, device="meta") for name, shape in factors.items()}
+        attempt(lambda: given_adapter(config.lora.start_from, expected))
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    if skeleton is None or factors is None or data is None:
+    if base is None or factors is None or data is None or schedule is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
-    base = describe(config.model, skeleton)
     sizes = [len(rows) for rows in data.clients.values()]
-    selection = config.scheduling.selection
-    cohort = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(sizes))
+    cohort = schedule(0).wanted
     trainable = sum(math.prod(shape) for shape in factors.values())
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))

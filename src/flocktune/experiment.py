@@ -2,6 +2,8 @@
 
     EXPERIMENT/base/ local_1/ ... fedit/ centralised/     with several seeds below seed-0/, seed-1/, ...
     EXPERIMENT/summary.json                               one entry per method
+
+Every run is created and resumed as if it stood alone.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from flocktune.assemble import allocate_clients
+from flocktune.assemble import allocate_clients, federation
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import Named, RunConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.report.summaries import combine_seeds
-from flocktune.runs import EXPERIMENT, Listener, create_run, execute
+from flocktune.runs import EXPERIMENT, Listener, create_run, execute, is_finished, refuse_changes, remove_strays
 from flocktune.seeds import derive_seed
+
 
 def is_experiment(config: RunConfig, seeds: Sequence[int]) -> bool:
     """Whether the recipe asks for more than one run."""
@@ -30,19 +33,32 @@ def is_experiment(config: RunConfig, seeds: Sequence[int]) -> bool:
     return bool(compare.base or compare.local or compare.centralised or len(seeds) > 1)
 
 
+def start(config: RunConfig, folder: Path, seeds: Sequence[int]) -> None:
+    """Make the folder of what the recipe asks for, a run or an experiment, once all of it is there and fits.
+
+    Raises UserError before a folder is made, so that a mended recipe can take the same one.
+    """
+    federation(config)
+    plan(config, list(allocate_clients(config).clients))
+    create_run(config, folder, seeds if is_experiment(config, seeds) else ())
+
+
 def execute_experiment(
     folder: Path, listeners: Sequence[Listener] = (), stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """Run, or go on with, every run of the experiment, and return its summary. Raises as :func:`execute`."""
     with exclusive(folder):
+        remove_strays(folder)
         config = load_recipe(folder / "recipe.yaml")
         seeds = read_json(folder / EXPERIMENT)["seeds"]
-        by_seed = []
+        plans = {}
         for seed in seeds:
             place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
-            place.mkdir(exist_ok=True)
-            by_seed.append(_execute_seed(replace(config, seed=seed), place, listeners, stop))
-            write_json(place / "summary.json", by_seed[-1])
+            seeded = replace(config, seed=seed)
+            plans[place] = plan(seeded, list(allocate_clients(seeded).clients))
+        if not all(is_finished(place / method) for place, runs in plans.items() for method in runs):
+            _refuse_changes(folder, config)
+        by_seed = [_execute_seed(place, runs, listeners, stop) for place, runs in plans.items()]
         if len(seeds) == 1:
             return by_seed[0]
         combined = {method: combine_seeds([summaries[method] for summaries in by_seed]) for method in by_seed[0]}
@@ -51,15 +67,27 @@ def execute_experiment(
 
 
 def _execute_seed(
-    config: RunConfig, place: Path, listeners: Sequence[Listener], stop: threading.Event | None
+    place: Path, runs: Mapping[str, RunConfig], listeners: Sequence[Listener], stop: threading.Event | None
 ) -> dict[str, Any]:
+    place.mkdir(exist_ok=True)
     summaries = {}
-    for method, variant in plan(config, list(allocate_clients(config).clients)).items():
+    for method, variant in runs.items():
         run = place / method
         if not (run / "recipe.yaml").exists():
             create_run(variant, run)
         summaries[method] = execute(run, listeners, stop)
+    write_json(place / "summary.json", summaries)
     return summaries
+
+
+def _refuse_changes(folder: Path, config: RunConfig) -> None:
+    """Every run of an experiment stands on the same recipe, data and model, the ones that have not begun yet too."""
+    settings = read_json(folder / EXPERIMENT)
+    mine = federation(config).identity
+    if "identity" in settings:
+        refuse_changes(folder, settings["identity"], mine)
+    else:
+        write_json(folder / EXPERIMENT, {**settings, "identity": mine})
 
 
 def plan(config: RunConfig, clients: Sequence[str]) -> Mapping[str, RunConfig]:

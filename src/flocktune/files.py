@@ -94,7 +94,11 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                Problem(str(folder), "a run folder that nobody is using", "one that another process holds",
-                        "Wait for that run, or choose another folder with --out.")
+                Problem(
+                    str(folder),
+                    "a run folder that nobody is using",
+                    "one that another process holds",
+                    "Wait for that run, or choose another folder with --out.",
+                )
             ) from None
         yield

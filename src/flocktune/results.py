@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flocktune.assemble import Base, allocate_clients, load_base, load_instructions
 from flocktune.config.load import load_recipe
@@ -33,7 +36,9 @@ def open_result(path: Path, method: str | None = None, base_model: str | None = 
     """Open a run's folder, a comparison's (``method`` chooses), or a PEFT adapter's. Raises UserError."""
     if (path / CONFIG_FILE).exists():
         tensors, lora = import_peft(path)
-        named = base_model or read_json(path / CONFIG_FILE).get("base_model_name_or_path") or ""
+        named = base_model or read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+        if not named:
+            raise UserError(Problem(str(path), "an adapter that names its base model", "none", "Name it: --base"))
         config = RunConfig(model=ModelConfig(path=named), lora=lora)
     else:
         run = find_run(path, method)
@@ -50,8 +55,13 @@ def open_result(path: Path, method: str | None = None, base_model: str | None = 
 def find_run(path: Path, method: str | None = None) -> Path:
     """The finished run that ``path`` means. In a comparison: ``method``'s, else its own method's, of the first seed."""
     if not (path / "recipe.yaml").exists():
-        raise UserError(Problem(str(path), f"a run's folder, or an adapter's with {CONFIG_FILE}",
-                                "neither" if path.exists() else "nothing there"))
+        raise UserError(
+            Problem(
+                str(path),
+                f"a run's folder, or an adapter's with {CONFIG_FILE}",
+                "neither" if path.exists() else "nothing there",
+            )
+        )
     run = path
     if (path / EXPERIMENT).exists():
         seeds = read_json(path / EXPERIMENT)["seeds"]
@@ -61,7 +71,9 @@ def find_run(path: Path, method: str | None = None) -> Path:
             there = sorted(entry.parent.name for entry in place.glob("*/recipe.yaml"))
             raise UserError(Problem("--method", f"one of {', '.join(there) or 'the finished runs'}", repr(run.name)))
     if not (run / "adapter" / CONFIG_FILE).exists():
-        raise UserError(Problem(str(run), "a finished run", "one without an adapter yet", f"Finish it: flocktune resume {path}"))
+        raise UserError(
+            Problem(str(run), "a finished run", "one without an adapter yet", f"Finish it: flocktune resume {path}")
+        )
     return run
 
 
@@ -86,19 +98,27 @@ def evaluate_on(tuned: Tuned, data: str | None = None, max_rows: int | None = No
 
 
 def answer_stream(
-    tuned: Tuned, instruction: str, context: str = "", max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    tuned: Tuned,
+    instruction: str,
+    context: str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[str]:
     """The answer to one instruction, piece by piece, with the prompt template of the training."""
     config, base = tuned.config, tuned.base
     example = Example(instruction, context)
     prompt = encode_prompt(example, base.tokenizer, template=config.data.template, max_tokens=config.data.max_tokens)
-    return stream_answer(base.model, base.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return stream_answer(
+        base.model, base.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
 
 
 def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> Path:
     """Write a PEFT adapter, or the merged transformers model with its tokenizer. Raises UserError; never overwrites."""
-    if to.exists() and any(to.iterdir()):
-        raise UserError(Problem(str(to), "a new or empty folder", "one with files in it", "Choose another: --to"))
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        got = "one with files in it" if to.is_dir() else "a file"
+        raise UserError(Problem(str(to), "a new or empty folder", got, "Choose another: --to"))
     tuned = open_result(path, method)
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -108,8 +128,7 @@ def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> 
             load_base.cache_clear()  # the resident model is no longer the base
         else:
             export_peft(tuned.adapter, tuned.config.lora, tuned.base.model, to, tuned.config.model.path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
         raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
     return to
-
-

@@ -1,23 +1,17 @@
 """The life of one run: a folder that is started, can be killed at any instant, resumed, and ends with summary.json.
 
-    RUN/recipe.yaml      the resolved recipe          RUN/state/        checkpoints
-    RUN/metrics.jsonl    what happened, event by event RUN/adapter/     the result as a PEFT adapter
-    RUN/answers.jsonl    answers to held-out rows      RUN/summary.json written last: the run is finished
+RUN/recipe.yaml      the resolved recipe          RUN/state/        checkpoints
+RUN/metrics.jsonl    what happened, event by event RUN/adapter/     the result as a PEFT adapter
+RUN/answers.jsonl    answers to held-out rows      RUN/summary.json written last: the run is finished
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import platform
-import resource
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +25,7 @@ from flocktune.config.schema import RunConfig
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
+from flocktune.environment import peak_memory_bytes, versions
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
@@ -40,8 +35,6 @@ from flocktune.models.peft_io import export_peft
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.tensors import add_scaled, digest
 from flocktune.types import Tensors, Update
-
-_LOG = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
 """The name, in metrics, of the rows that no client trains on."""
@@ -70,14 +63,21 @@ def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> No
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise UserError(
-                Problem(str(folder), "a new or empty run folder", "one with files in it",
-                        f"Go on with it by: flocktune resume {folder}, or choose another with --out.")
-            )
-        if seeds:
-            write_json(folder / EXPERIMENT, {"seeds": list(seeds)})
-        write_atomic(folder / "recipe.yaml", dump_recipe(config))
+        with exclusive(folder):
+            there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+            if there - {EXPERIMENT}:  # which alone is left of a start that was killed before the recipe was there
+                raise UserError(
+                    Problem(
+                        str(folder),
+                        "a new or empty run folder",
+                        "one with files in it",
+                        f"Go on with it by: flocktune resume {folder}, or choose another with --out.",
+                    )
+                )
+            (folder / EXPERIMENT).unlink(missing_ok=True)
+            if seeds:
+                write_json(folder / EXPERIMENT, {"seeds": list(seeds)})
+            write_atomic(folder / "recipe.yaml", dump_recipe(config))
     except OSError as error:
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
 
@@ -89,6 +89,7 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
     Stopped after ``stop`` was set: the round at hand is finished and saved first.
     """
     with exclusive(folder):
+        remove_strays(folder)
         if is_finished(folder):
             return read_json(folder / "summary.json")
         started = time.perf_counter()
@@ -96,7 +97,12 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         fed = federation(config)
-        return _Run(fed, folder, listeners, stop or threading.Event(), time.perf_counter() - started).to_end()
+        checkpoint = load_checkpoint(folder / "state")
+        if checkpoint is not None:
+            refuse_changes(folder, checkpoint.identity, fed.identity)
+        log = _open_log(folder, checkpoint, fed.rounds)
+        run = _Run(fed, folder, log, listeners, InProcess(fed.client), {"load": time.perf_counter() - started})
+        return run.to_end(checkpoint, stop or threading.Event())
 
 
 def is_finished(folder: Path) -> bool:
@@ -104,94 +110,87 @@ def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").exists()
 
 
+def remove_strays(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left: half a file, under a name that nobody reads."""
+    for stray in folder.rglob(".*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise UserError that names every difference between two identities (:func:`~flocktune.assemble.identity`)."""
+    changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
+    changed += [
+        f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."
+        for key, what in (("data", "training data"), ("test", "test data"), ("model", "base model"))
+        if saved[key] != mine[key]
+    ]
+    UserError.raise_all(
+        Problem(
+            str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run."
+        )
+        for line in changed
+    )
+
+
+def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> EventLog:
+    """The log, as it was when the checkpoint was saved: what came after it is about to happen again."""
+    path = folder / LOG_NAME
+    if checkpoint is not None:
+        truncate_after(path, checkpoint.rounds_done - 1)
+        if checkpoint.rounds_done == rounds:
+            _forget_evaluation(path, rounds)  # killed while finishing: the last evaluation is made again
+    else:
+        path.unlink(missing_ok=True)
+    return EventLog(path)
+
+
 @dataclass
 class _Run:
-    """One run on its way. All that matters is on the disk; this only holds what is needed to go on."""
+    """One run on its way. All that matters is on the disk; this only holds what is needed to go on.
+
+    ``carried_s``: seconds that are known only after a round's event was written; they go into the next one's.
+    """
 
     fed: Federation
     folder: Path
+    log: EventLog
     listeners: Sequence[Listener]
-    stop: threading.Event
-    load_s: float
-    carried_s: dict[str, float] = field(default_factory=dict)
+    engine: InProcess
+    carried_s: dict[str, float]
+    rounds_done: int = 0
 
-    def to_end(self) -> dict[str, Any]:
+    def to_end(self, checkpoint: Checkpoint | None, stop: threading.Event) -> dict[str, Any]:
         config, fed = self.fed.config, self.fed
-        engine = InProcess(fed.client)
-        checkpoint = load_checkpoint(self.folder / "state")
         state = fed.server.init(fed.start)
-        if checkpoint is not None:
-            self._check_identity(checkpoint)
-            state = {name: checkpoint.state[name] for name in state}
-            engine.memories.update(checkpoint.memories)
-        done = self.rounds_done = checkpoint.rounds_done if checkpoint else 0
-        self.engine = engine
-        self._open_log(done, resumed=checkpoint is not None)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        hooks = Hooks(
-            on_reply=lambda *tick: [listener.on_client(*tick) for listener in self.listeners] and None,
-            on_round=self._on_round,
-            should_stop=self.stop.is_set,
-            diagnose=_diagnose,
-            diagnose_clients=config.aggregation.diagnose_clients,
-        )
+        if checkpoint is None:
+            self._emit(start_event(fed))
+        else:
+            state, self.rounds_done = checkpoint.state, checkpoint.rounds_done
+            self.engine.memories.update(checkpoint.memories)
+            self._emit({"event": "resumed", "round": self.rounds_done})
         state = run_rounds(
             fed.server,
-            engine,
+            self.engine,
             fed.schedule,
             state,
-            first_round=done,
+            first_round=self.rounds_done,
             rounds=fed.rounds,
             kind=fedavg.KIND,
             seed=config.seed,
             config_digest=config_digest(config),
-            hooks=hooks,
+            hooks=Hooks(
+                on_reply=self._on_reply,
+                on_round=self._on_round,
+                should_stop=stop.is_set,
+                diagnose=_diagnose,
+                diagnose_clients=config.aggregation.diagnose_clients,
+            ),
         )
         if self.rounds_done < fed.rounds:
             raise Stopped(str(self.folder))
         return self._finish(fed.server.result(state))
-
-    def _check_identity(self, checkpoint: Checkpoint) -> None:
-        saved, mine = checkpoint.identity, self.fed.identity
-        changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
-        changed += [
-            f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."
-            for key, what in (("data", "training data"), ("test", "test data"), ("model", "base model"))
-            if saved[key] != mine[key]
-        ]
-        UserError.raise_all(
-            Problem(str(self.folder), "what the checkpoint was made with", f"a change of {line}",
-                    "Undo the change, or start a new run.")
-            for line in changed
-        )
-
-    def _open_log(self, done: int, *, resumed: bool) -> None:
-        path = self.folder / LOG_NAME
-        if resumed:
-            truncate_after(path, done - 1)
-        elif path.exists():
-            path.unlink()  # killed before the first checkpoint: the run starts again
-        self.log = EventLog(path)
-        self.carried_s = {"load": self.load_s}
-        if resumed:
-            self._emit({"event": "resumed", "round": done})
-            return
-        fed = self.fed
-        self._emit(
-            {
-                "event": "run_start",
-                "name": fed.config.name,
-                "method": fed.config.method,
-                "seed": fed.config.seed,
-                "rounds": fed.rounds,
-                **fed.data.describe(),
-                "trainable_parameters": sum(value.numel() for value in fed.start.values()),
-                "model": fed.config.model.path,
-                "device": str(fed.base.device),
-                "versions": versions(),
-            }
-        )
 
     def _emit(self, event: dict[str, Any]) -> None:
         event["time"] = time.time()
@@ -199,25 +198,27 @@ class _Run:
         for listener in self.listeners:
             listener.on_event(event)
 
+    def _on_reply(self, done: int, total: int, client: str) -> None:
+        for listener in self.listeners:
+            listener.on_client(done, total, client)
+
     def _on_round(self, record: RoundRecord, state: State) -> None:
-        """Evaluate if it is time, write the event, save. The event comes first: a resume drops what was not saved."""
-        config, rounds_done = self.fed.config, record.round + 1
-        seconds = {**record.seconds, **self.carried_s}
-        self._emit(round_event(record, seconds))
+        """Write the event, evaluate if it is time, save. The event comes first: a resume drops what was not saved."""
+        config, done = self.fed.config, record.round + 1
+        self._emit(round_event(record, self.carried_s))
         every = config.evaluation.every
-        if every and rounds_done % every == 0 and rounds_done < self.fed.rounds:
-            self._evaluate(self.fed.server.result(state), rounds_done, config.evaluation.max_rows)
+        if every and done % every == 0 and done < self.fed.rounds:
+            self._evaluate(self.fed.server.result(state), done, config.evaluation.max_rows)
         started = time.perf_counter()
         save_checkpoint(
             self.folder / "state",
-            Checkpoint(rounds_done, state, self.engine.memories, self.fed.identity),
+            Checkpoint(done, state, self.engine.memories, self.fed.identity),
             keep=config.checkpoint.keep,
         )
         kept_every = config.checkpoint.keep_adapters_every
-        if kept_every and rounds_done % kept_every == 0:
-            self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{rounds_done:05d}")
-        self.rounds_done = rounds_done
-        # Known only now: it goes into the next round's event.
+        if kept_every and done % kept_every == 0:
+            self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
+        self.rounds_done = done
         self.carried_s = {"save": time.perf_counter() - started}
 
     def _evaluate(self, adapter: Tensors, rounds_done: int, max_rows: int | None) -> Evaluation | None:
@@ -225,15 +226,8 @@ class _Run:
             return None
         started = time.perf_counter()
         result = evaluate_adapter(self.fed, adapter, max_rows)
-        self._emit(
-            {
-                "event": "evaluation",
-                "round": rounds_done,
-                "dataset": HELD_OUT,
-                **result.as_dict(),
-                "seconds": time.perf_counter() - started,
-            }
-        )
+        numbers = {"dataset": HELD_OUT, **result.as_dict(), "seconds": time.perf_counter() - started}
+        self._emit({"event": "evaluation", "round": rounds_done, **numbers})
         return result
 
     def _export(self, adapter: Tensors, folder: Path) -> None:
@@ -245,30 +239,10 @@ class _Run:
             lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in result.answers)
             write_atomic(self.folder / "answers.jsonl", "".join(lines))
         self._export(adapter, self.folder / "adapter")
-        summary = self._summary(adapter, result)
+        summary = summarise(self.fed, adapter, result, read_events(self.log.path))
         self._emit({"event": "run_end", "summary": summary})
         write_json(self.folder / "summary.json", summary)
         return summary
-
-    def _summary(self, adapter: Tensors, result: Evaluation | None) -> dict[str, Any]:
-        config, events = self.fed.config, read_events(self.folder / LOG_NAME)
-        rounds = [event for event in events if event["event"] == "round"]
-        only = {"client": self.fed.schedule(0).asked[0]} if config.method == "local" else {}
-        return {
-            "name": config.name,
-            "method": config.method,
-            **only,
-            "seed": config.seed,
-            "rounds": len(rounds),
-            "metrics": {HELD_OUT: result.as_dict()} if result else {},
-            "bytes_up": sum(event["bytes_up"] for event in rounds),
-            "bytes_down": sum(event["bytes_down"] for event in rounds),
-            "seconds": sum(sum(event["seconds"].values()) for event in rounds)
-            + sum(event["seconds"] for event in events if event["event"] == "evaluation"),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "trainable_parameters": sum(value.numel() for value in adapter.values()),
-            "adapter_sha256": digest(adapter),
-        }
 
 
 def evaluate_adapter(fed: Federation, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
@@ -288,8 +262,55 @@ def evaluate_adapter(fed: Federation, adapter: Tensors, max_rows: int | None = N
     )
 
 
-def round_event(record: RoundRecord, seconds: Mapping[str, float]) -> dict[str, Any]:
+def start_event(fed: Federation) -> dict[str, Any]:
+    """What a run is, as its log opens. Counts only: no data."""
+    return {
+        "event": "run_start",
+        "name": fed.config.name,
+        "method": fed.config.method,
+        "seed": fed.config.seed,
+        "rounds": fed.rounds,
+        **fed.data.describe(),
+        "trainable_parameters": sum(value.numel() for value in fed.start.values()),
+        "model": fed.config.model.path,
+        "device": str(fed.base.device),
+        "versions": versions(),
+    }
+
+
+def summarise(
+    fed: Federation, adapter: Tensors, result: Evaluation | None, events: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The run in one JSON object, made from its log and its last evaluation."""
+    rounds = [event for event in events if event["event"] == "round"]
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    alone = {"client": fed.schedule(0).asked[0]} if fed.config.method == "local" else {}
+    return {
+        "name": fed.config.name,
+        "method": fed.config.method,
+        **alone,
+        "seed": fed.config.seed,
+        "rounds": len(rounds),
+        "metrics": {HELD_OUT: result.as_dict()} if result else {},
+        "bytes_up": sum(event["bytes_up"] for event in rounds),
+        "bytes_down": sum(event["bytes_down"] for event in rounds),
+        "seconds": sum(sum(event["seconds"].values()) for event in rounds)
+        + sum(event["seconds"] for event in evaluations),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "trainable_parameters": sum(value.numel() for value in adapter.values()),
+        "adapter_sha256": digest(adapter),
+    }
+
+
+def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[str, Any]:
     """A round as the log tells it. Counts and means only: no data."""
+    data_s = record.metrics["data_seconds"].total
+    seconds = {
+        "data": data_s,
+        "forward_backward": record.seconds["train"] - data_s,
+        "aggregate": record.seconds["aggregate"],
+        **more_seconds,
+    }
     clients = {
         name: {
             "loss": client.metrics["loss"].value,
@@ -312,47 +333,16 @@ def round_event(record: RoundRecord, seconds: Mapping[str, float]) -> dict[str, 
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
         "tokens": record.metrics["tokens"].total,
-        "seconds": dict(seconds),
+        "seconds": seconds,
     }
+
+
+def _forget_evaluation(path: Path, rounds_done: int) -> None:
+    kept = [event for event in read_events(path) if (event["event"], event.get("round")) != ("evaluation", rounds_done)]
+    write_atomic(path, "".join(json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept))
 
 
 def _diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
     """The aggregation error of methods that average LoRA factors apart."""
     clients = [pairs(add_scaled(message, update.delta)) for update in updates]
     return {"aggregation_error": aggregation_error(clients, [update.weight for update in updates])}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what bears on a result."""
-    found = {"python": platform.python_version()}
-    for name in ("flocktune", "torch", "transformers", "peft", "tokenizers", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held so far, plus the most on the GPU."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-
-
-@contextmanager
-def stop_on_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Ctrl-C (or SIGTERM) once: finish the round, save, stop. Twice: stop now; the last round's checkpoint stands."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("Stopping after this round. Press Ctrl-C again to stop now; nothing saved is lost.")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -96,4 +96,4 @@ def read_trace(path: Path, clients: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _is_there(slots: Sequence[int] | None, round: int) -> bool:
-    return bool(slots) and bool(slots[round % len(slots)])
+    return slots is not None and bool(slots[round % len(slots)])

@@ -41,13 +41,18 @@ def write_split(config: RunConfig, folder: Path) -> Table:
     try:
         parts.mkdir(parents=True, exist_ok=True)
         if any(parts.iterdir()):
-            raise UserError(Problem(str(parts), "a new or empty folder", "one with files in it", "Choose another: --to"))
+            raise UserError(
+                Problem(str(parts), "a new or empty folder", "one with files in it", "Choose another: --to")
+            )
         for client, rows in partition.clients.items():
             _write_rows(parts / f"{client}.jsonl", [examples[kept[row]] for row in rows])
         _write_rows(folder / TEST_FILE, [examples[row] for row in held])
         measured = heterogeneity(partition.clients, categories)
         counts = category_counts(partition.clients, categories)
-        write_json(folder / "split.json", {"clients": counts, "heterogeneity": asdict(measured), "unassigned": len(partition.unassigned)})
+        write_json(
+            folder / "split.json",
+            {"clients": counts, "heterogeneity": asdict(measured), "unassigned": len(partition.unassigned)},
+        )
         write_holdings(folder / "who-holds-what.html", counts, asdict(measured))
     except OSError as error:
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None

@@ -37,7 +37,7 @@ def size_bytes(tensors: Tensors) -> int:
 def group(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     """The tensors named ``prefix/...``, without the prefix."""
     start = prefix + "/"
-    return {name[len(start):]: value for name, value in tensors.items() if name.startswith(start)}
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

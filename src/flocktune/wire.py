@@ -76,9 +76,7 @@ def _decode(kind: str, blob: bytes) -> tuple[dict[str, Any], Tensors]:
     except (struct.error, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UpdateRefused(f"message: expected a flocktune {kind}, got bytes that do not decode ({error})") from None
     if metadata.get("format") != FORMAT or metadata.get("kind") != kind or not isinstance(fields, dict):
-        raise UpdateRefused(
-            f"message: expected {FORMAT} {kind}, got {metadata.get('format')} {metadata.get('kind')}"
-        )
+        raise UpdateRefused(f"message: expected {FORMAT} {kind}, got {metadata.get('format')} {metadata.get('kind')}")
     return fields, tensors
 
 

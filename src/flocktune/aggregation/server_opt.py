@@ -36,7 +36,9 @@ def step(settings: ServerOptimizer, parameters: Tensors, change: Tensors, state:
         case ServerSgd(momentum=0):
             return add_scaled(parameters, change, settings.lr), state
         case ServerSgd():
-            velocity = {name: settings.momentum * value + change[name] for name, value in group(state, "momentum").items()}
+            velocity = {
+                name: settings.momentum * value + change[name] for name, value in group(state, "momentum").items()
+            }
             return add_scaled(parameters, velocity, settings.lr), prefixed("momentum", velocity)
         case ServerAdaptive():
             return _adaptive_step(settings, parameters, change, state)
@@ -62,4 +64,7 @@ def _adaptive_step(
             case _:
                 assert_never(settings.kind)
         moved[name] = new_first[name] / (new_second[name].sqrt() + settings.tau)
-    return add_scaled(parameters, moved, settings.lr), {**prefixed("first", new_first), **prefixed("second", new_second)}
+    return add_scaled(parameters, moved, settings.lr), {
+        **prefixed("first", new_first),
+        **prefixed("second", new_second),
+    }

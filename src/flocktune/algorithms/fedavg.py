@@ -12,7 +12,8 @@ when there are two, every draw has a seed, and a client whose update is not fini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flocktune.aggregation import server_opt
@@ -23,7 +24,7 @@ from flocktune.models.lora import Adapter
 from flocktune.seeds import derive_seed
 from flocktune.tensors import group, prefixed, subtract
 from flocktune.training import fit, proximal_penalty
-from flocktune.types import ClientTask, Tensors, Update
+from flocktune.types import ClientTask, Mean, Tensors, Update
 
 KIND = "fedavg"
 
@@ -39,9 +40,7 @@ def server_half(aggregation: AggregationConfig) -> ServerHalf:
         return group(state, "adapter")
 
     def step(state: State, update: Update) -> State:
-        adapter, optimizer = server_opt.step(
-            settings, group(state, "adapter"), update.delta, group(state, "optimizer")
-        )
+        adapter, optimizer = server_opt.step(settings, group(state, "adapter"), update.delta, group(state, "optimizer"))
         return {**prefixed("adapter", adapter), **prefixed("optimizer", optimizer)}
 
     def result(state: State) -> Tensors:
@@ -81,15 +80,13 @@ def client_half(
         mine = data(task.client)
         steps = steps_per_round(local, mine.examples)
         whole_run = local.schedule_over == "run"
+        micro_batches = None if local.steps is None else local.steps * local.accumulate
+        batches = TimedBatches(mine.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs))
         adapter.load(task.tensors)
         metrics = fit(
             adapter.model,
             adapter.parameters,
-            mine.batches(
-                derive_seed(task.seed, "batches"),
-                None if local.steps is None else local.steps * local.accumulate,
-                local.epochs,
-            ),
+            batches,
             local,
             total_steps=steps * rounds if whole_run else steps,
             first_step=steps * task.round if whole_run else 0,
@@ -97,9 +94,28 @@ def client_half(
             seed=derive_seed(task.seed, "dropout"),
         )
         weight = {"examples": mine.examples, "tokens": mine.tokens, "equal": 1}[weights]
+        metrics["data_seconds"] = Mean(batches.seconds, 1)
         return Update(subtract(adapter.tensors(), task.tensors), float(weight), 1, metrics), memory
 
     return train
+
+
+class TimedBatches:
+    """Batches as they come, and the seconds that were spent on making them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def steps_per_round(local: LocalConfig, examples: int) -> int:

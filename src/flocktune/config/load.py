@@ -35,12 +35,14 @@ _Loader.add_implicit_resolver(
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a recipe file. Raises UserError with every problem of the file and the overrides."""
+    fix = "Write one with: flocktune init my-run.yaml"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         got = "nothing there" if isinstance(error, FileNotFoundError) else str(error)
-        fix = "Write one with: flocktune init my-run.yaml --method fedit"
         raise UserError(Problem(str(path), "a recipe (YAML text)", got, fix)) from None
+    if not text.strip():  # most likely a copy that failed: its defaults are not what was meant
+        raise UserError(Problem(str(path), "a recipe (YAML text)", "an empty file", fix))
     return parse_recipe(text, overrides, where=str(path))
 
 
@@ -182,5 +184,9 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
-        yield Problem("evaluation.every", "0 when nothing is held out", str(config.evaluation.every),
-                      "Set data.test or data.test_rows_per_category.")
+        yield Problem(
+            "evaluation.every",
+            "0 when nothing is held out",
+            str(config.evaluation.every),
+            "Set data.test or data.test_rows_per_category.",
+        )

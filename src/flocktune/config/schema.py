@@ -206,9 +206,7 @@ class Named:
     kind: Literal["named"] = "named"
 
 
-Selection: TypeAlias = Annotated[
-    Uniform | BySize | RoundRobin | Availability | Named, Field(discriminator="kind")
-]
+Selection: TypeAlias = Annotated[Uniform | BySize | RoundRobin | Availability | Named, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
     RUN/state/round-00007.safetensors   the server's state, and clients' memories, after 7 rounds
     RUN/state/round-00007.json          the manifest: sha256 of that file, and digests of what the run stands on
 
-The manifest is written last. A state without a manifest was never finished; a state whose bytes do not match its
-manifest is damaged: the one before is used, saying so.
+The manifest is written last. A state without a manifest was never finished, one whose bytes do not match it is damaged:
+the one before is used, saying so.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
-    """Write a checkpoint, durably, then remove all but the newest ``keep``. Raises OSError (full disk); the ones before stand."""
+    """Write a checkpoint, durably, then remove all but the newest ``keep``.
+
+    Raises OSError (full disk); the checkpoints before stand.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = prefixed("state", checkpoint.state)
     for client, memory in checkpoint.memories.items():
@@ -56,29 +59,40 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
         "identity": checkpoint.identity,
     }
     write_json(path.with_suffix(".json"), manifest)
-    for old in sorted(folder.glob("round-*.json"))[:-keep]:
+    for old in _newest_first(folder.glob("round-*.json"))[keep:]:
         old.unlink()  # the manifest first: a state without one counts for nothing
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    for state in folder.glob("round-*.safetensors"):
+        if not state.with_suffix(".json").exists():
+            state.unlink()  # the old ones', and what a kill between the two files left
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint, or None when none was ever finished.
+    """The newest sound checkpoint, or None when none was ever finished. Warns of those that are not sound.
 
     Raises CheckpointDamaged when there are checkpoints and none of them is sound.
     """
     problems = []
-    for path in sorted(folder.glob("round-*.json"), reverse=True):
+    manifests = _newest_first({path.with_suffix(".json") for path in folder.glob("round-*.*")})
+    for path in manifests:
         try:
             checkpoint = _read(path)
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{path.with_suffix('.safetensors')}: {error}")
             continue
         for problem in problems:
-            _LOG.warning("damaged checkpoint: %s. Using the one before: %d rounds done.", problem, checkpoint.rounds_done)
+            _LOG.warning(
+                "damaged checkpoint: %s. Using the one before: %d rounds done.", problem, checkpoint.rounds_done
+            )
         return checkpoint
-    if problems:
-        raise CheckpointDamaged("no sound checkpoint:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return None
+    if len(manifests) > 1 or any(path.exists() for path in manifests):
+        shown = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointDamaged(f"no sound checkpoint:\n{shown}\nBring one back from a copy, or start a new run.")
+    return None  # nothing, or the very first state, killed before its manifest
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    """By number: the names of rounds from 100000 on are longer."""
+    return sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def _read(manifest_path: Path) -> Checkpoint:

@@ -1,0 +1,259 @@
+"""A round of flocktune beside a round of FedIT as it is usually written, and what each replaced part gives.
+
+Every variant starts from the same adapter and trains the same clients on the same rows, one epoch a round, with the
+same batch size, steps, learning rates, rank and targets, and the loss on answers alone. Rounds are the turns, so that
+in the end every variant has trained a whole federation, whose held-out loss says that all did the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from benchmarks.ladder import (
+    LADDER,
+    TEMPLATE,
+    Network,
+    Switches,
+    Work,
+    cached_row,
+    own_names,
+    own_network,
+    peft_names,
+    peft_network,
+    plain_round,
+    prompt_and_answer,
+    usual_tokens,
+)
+from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
+from flocktune.aggregation.lora import aggregation_error
+from flocktune.algorithms import fedavg
+from flocktune.config.schema import AggregationConfig, Columns, LocalConfig, LoraConfig, ModelConfig
+from flocktune.data.batching import evaluation_batches, training_batches
+from flocktune.data.encoding import encode
+from flocktune.data.sources import read_examples
+from flocktune.engine.checkpoint import Checkpoint, save_checkpoint
+from flocktune.engine.in_process import InProcess
+from flocktune.engine.rounds import Hooks, run_rounds
+from flocktune.errors import UserError
+from flocktune.interfaces import State
+from flocktune.models.load import load_model, load_tokenizer, pad_id
+from flocktune.models.lora import Adapter, attach, pairs
+from flocktune.scheduling import Cohort
+from flocktune.seeds import derive_seed
+from flocktune.tensors import add_scaled
+from flocktune.training import evaluate_loss
+from flocktune.types import Tensors
+
+GOAL = 2.0
+OURS, OURS_BF16 = "flocktune, the whole round", "flocktune, base in bfloat16"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Federation:
+    """One variant on its way through the rounds: ``advance(state, round) -> state``; ``adapter`` reads a state."""
+
+    state: Mapping[str, Tensor]
+    advance: Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]
+    adapter: Callable[[Mapping[str, Tensor]], Tensors]
+
+    def turn(self, number: int) -> float:
+        """One round; its seconds."""
+        started = time.perf_counter()
+        self.state = self.advance(self.state, number)
+        return time.perf_counter() - started
+
+
+def run(options: Options) -> Result:
+    """All variants, round by round in turns; then the held-out loss of each."""
+    turns = 1 if options.quick else 4
+    datasets.disable_progress_bars()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            work = _work(options, folder)
+            own = attach(load_model(ModelConfig(options.model), CPU), work.lora, seed=0)
+            start = own.tensors()
+            federations = _federations(options, work, own, start)
+            seconds = interleaved({name: each.turn for name, each in federations.items()}, turns)
+            adapters = {name: each.adapter(each.state) for name, each in federations.items()}
+            adapters |= _other_orders(work, own_network(own), start, turns + 1, count=1 if options.quick else 3)
+    finally:
+        logging.set_verbosity(verbosity)
+        datasets.enable_progress_bars()
+    say("  held-out losses")
+    losses = {name: held_out_loss(work, own, tensors) for name, tensors in {"start": start, **adapters}.items()}
+    return _result(work, seconds, losses)
+
+
+def _work(options: Options, folder: str) -> Work:
+    quick = options.quick
+    clients, steps, held = (2, 2, 8) if quick else (2, 6, 96)
+    local = LocalConfig(epochs=1, batch_size=4 if quick else 8, lr=2e-3, schedule="linear")
+    tokenizer = load_tokenizer(ModelConfig(options.model))
+    examples = read_examples(options.data, Columns(), max_rows=100 if quick else 2000)
+    # A length that no row reaches: nothing is cut, so both ways of tokenising can be compared row by row.
+    encoded, _ = encode(examples, tokenizer, template=TEMPLATE, max_tokens=1 << 20, train_on="responses")
+    fits = [row for row in range(len(examples)) if encoded.targets[row] > 0 and encoded.lengths[row] <= 256]
+    # The few rows where tokens span prompt and answer, or are more than one exchange, are not the same work.
+    same = [
+        row
+        for row in fits
+        if usual_tokens(tokenizer, **prompt_and_answer(examples[row])) == cached_row(encoded, row)
+    ]
+    a_client = steps * local.batch_size
+    if len(same) < clients * a_client + held:
+        raise UserError(f"expected at least {clients * a_client + held} rows that both tokenise alike, got {len(same)}")
+    drawn = np.random.default_rng(0).permutation(np.array(same, np.int64))
+    parts = np.split(drawn[: clients * a_client], clients)
+    return Work(
+        examples,
+        encoded,
+        {f"client-{number + 1}": np.sort(part) for number, part in enumerate(parts)},
+        drawn[clients * a_client :][:held],
+        tokenizer,
+        pad_id(tokenizer),
+        local,
+        LoraConfig(),
+        0,
+        folder,
+    )
+
+
+def _federations(options: Options, work: Work, own: Adapter, start: Tensors) -> dict[str, Federation]:
+    peft = peft_network(load_model(ModelConfig(options.model), CPU), work, start)
+    half = attach(load_model(ModelConfig(options.model, dtype="bfloat16"), CPU), work.lora, seed=0)
+    found = {name: _plain(work, own_network(own), switches, start) for name, switches in LADDER.items() if switches.own_lora}
+    found |= {name: _plain(work, peft, switches, start) for name, switches in LADDER.items() if not switches.own_lora}
+    ordered = {name: found[name] for name in LADDER}
+    return {**ordered, OURS: _ours(work, own, start, "float32"), OURS_BF16: _ours(work, half, start, "bfloat16")}
+
+
+def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> Federation:
+    def advance(state: Mapping[str, Tensor], number: int) -> Mapping[str, Tensor]:
+        return plain_round(work, network, switches, state, number)
+
+    if switches.own_lora:
+        return Federation(start, advance, dict)
+    return Federation(peft_names(start), advance, own_names)
+
+
+def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation:
+    """The whole round as a run does it: engine, checks, aggregation, diagnostics, checkpoint."""
+    server = fedavg.server_half(AggregationConfig())
+    cohort = Cohort(tuple(work.clients), len(work.clients), 1)
+
+    def data(client: str) -> fedavg.ClientData:
+        rows = work.clients[client]
+        return fedavg.ClientData(
+            len(rows),
+            int(work.encoded.targets[rows].sum()),
+            lambda seed, steps, epochs: training_batches(
+                work.encoded,
+                rows,
+                batch_size=work.local.batch_size,
+                batching="padded",
+                pad_id=work.pad_id,
+                seed=seed,
+                steps=steps,
+                epochs=epochs,
+            ),
+        )
+
+    engine = InProcess(fedavg.client_half(adapter, data, work.local, "examples", rounds=1))
+
+    def save(record: Any, state: State) -> None:
+        save_checkpoint(Path(work.folder) / name, Checkpoint(record.round + 1, state, {}, {}), keep=2)
+
+    hooks = Hooks(on_round=save, diagnose=diagnose, diagnose_clients=AggregationConfig().diagnose_clients)
+
+    def advance(state: State, number: int) -> State:
+        return run_rounds(
+            server,
+            engine,
+            lambda _: cohort,
+            state,
+            first_round=number,
+            rounds=number + 1,
+            kind=fedavg.KIND,
+            seed=work.seed,
+            hooks=hooks,
+        )
+
+    return Federation(server.init(start), advance, server.result)
+
+
+def diagnose(message: Tensors, updates: Any) -> dict[str, float]:
+    """The aggregation error, as a run measures it."""
+    clients = [pairs(add_scaled(message, update.delta)) for update in updates]
+    return {"aggregation_error": aggregation_error(clients, [update.weight for update in updates])}
+
+
+def _other_orders(work: Work, network: Network, start: Tensors, rounds: int, *, count: int) -> dict[str, Tensors]:
+    """Adapters of the same federation with its batches drawn in other orders: how much of a loss is chance."""
+    found: dict[str, Tensors] = {}
+    for seed in range(1, count + 1):
+        state: Mapping[str, Tensor] = start
+        for number in range(rounds):
+            state = plain_round(replace(work, seed=seed), network, Switches(True, True, True, True, True), state, number)
+        found[f"other order {seed}"] = state
+    return found
+
+
+def held_out_loss(work: Work, adapter: Adapter, tensors: Tensors) -> float:
+    """Nats a label token of the held-out rows, on the float32 base."""
+    adapter.load(tensors)
+    batches = evaluation_batches(work.encoded, work.held_out, batch_size=16, batching="padded", pad_id=work.pad_id)
+    return evaluate_loss(adapter.model, (batch for _, batch in batches)).value
+
+
+def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str, float]) -> Result:
+    names = list(seconds)
+    whole = ratio(seconds[names[0]], seconds[OURS])
+    rows = []
+    for name, before in zip(names, [None, *names], strict=False):
+        step = "" if before is None else str(ratio(seconds[before], seconds[name]))
+        rows.append(
+            (
+                name,
+                str(Spread.of(seconds[name])),
+                step,
+                f"{ratio(seconds[names[0]], seconds[name]).median:.2f}",
+                f"{losses[name]:.4f}",
+            )
+        )
+    orders = [loss for name, loss in losses.items() if name.startswith("other order")] + [losses[OURS]]
+    tokens = sum(int(work.encoded.lengths[rows].sum()) for rows in work.clients.values())
+    steps = sum(-(-len(rows) // work.local.batch_size) for rows in work.clients.values())
+    return Result(
+        title="A round beside the obvious alternative, and what each part gives",
+        goal=f"flocktune at least {GOAL:g} times as fast a round at the same loss",
+        met=whole.median >= GOAL,
+        header=(
+            "",
+            "seconds a round: median (min to max)",
+            "times as fast as the row above",
+            "as the first row",
+            "held-out loss, nats a token",
+        ),
+        rows=rows,
+        notes=(
+            f"A round: {len(work.clients)} clients, {steps} steps of {work.local.batch_size} rows in all ({tokens}"
+            f" tokens), LoRA rank {work.lora.rank} on {work.lora.targets}; {len(seconds[OURS])} rounds timed after one"
+            f" more. Alternative / flocktune: {whole}. The loss was {losses['start']:.4f} at the start; flocktune with"
+            f" its batches in {len(orders)} orders ends between {min(orders):.4f} and {max(orders):.4f}.",
+        ),
+        values={"seconds": seconds, "ratio": whole.median, "losses": losses},
+    )

@@ -1,0 +1,143 @@
+"""Paired measurements: the things compared take turns in one process, so that a slow minute slows them all.
+
+A benchmark is a function (Options) -> Result; nothing here knows what is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flocktune.config.schema import EMBEDDED
+from flocktune.runs import versions
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says. ``quick``: the smallest form that runs everything; its times mean nothing."""
+
+    model: str = EMBEDDED
+    data: str = EMBEDDED
+    threads: int = 1
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one quantity."""
+
+    minimum: float
+    median: float
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(min(values), statistics.median(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.minimum:.3g} to {self.maximum:.3g})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table and what it is to show. ``values`` is the same for machines; ``notes`` say what was run."""
+
+    title: str
+    goal: str
+    met: bool
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        """Ready to be pasted into a page."""
+        aligned = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [_row(self.header), _row(aligned), *(_row(row) for row in self.rows)]
+        verdict = "met" if self.met else "MISSED"
+        return "\n".join([f"### {self.title}", "", *lines, "", *self.notes, f"Goal, {self.goal}: {verdict}."])
+
+
+def interleaved(
+    measures: Mapping[str, Callable[[int], float]], turns: int, *, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every measure in every turn: A B C, C B A, A B C, ...
+
+    A measure is called with the turn's number (from 0) and says how many seconds its own work took. The first
+    ``warm_up`` turns are run like the others and left out.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    for turn in range(warm_up + turns):
+        names = list(measures) if turn % 2 == 0 else list(reversed(measures))
+        for name in names:
+            gc.collect()
+            spent = measures[name](turn)
+            say(f"  turn {turn - warm_up + 1} of {turns}: {name}: {spent:.3f} s")
+            if turn >= warm_up:
+                seconds[name].append(spent)
+    return seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
+    """Turn by turn, how many times ``fast`` fits into ``slow``."""
+    return Spread.of([one / other for one, other in zip(slow, fast, strict=True)])
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """Machine and versions: what a time is worth nothing without. ``load``: running processes, before we began."""
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": options.threads,
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(terse=True),
+        "model": Path(options.model).name,
+        "data": Path(options.data).name,
+        "quick": options.quick,
+        "versions": versions(),
+    }
+
+
+def environment_line(found: Mapping[str, Any]) -> str:
+    """:func:`environment` for people."""
+    libraries = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    line = (
+        f"{found['cpu']}, {found['cores']} cores, {found['threads']} thread(s), load {found['load']} at the start; "
+        f"{found['system']}; {libraries}; model {found['model']}, data {found['data']}."
+    )
+    return line + (" QUICK: shows that it runs; the times mean nothing." if found["quick"] else "")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def say(text: str) -> None:
+    """Progress, beside the table: on the error stream."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,201 @@
+"""What the server holds while it aggregates: as much for 1,000 clients as for 10; and what aggregating costs.
+
+Memory: every case is a process of its own that runs one round of the real loop, with intake checks and the aggregation
+diagnostics, on updates made one by one as they are asked for. Peak resident set, less what was there before (Linux).
+Time: the loop's own work, turn by turn against reading the same bytes once; making them is in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
+from flocktune.aggregation.lora import aggregation_error
+from flocktune.algorithms.fedavg import server_half
+from flocktune.config.schema import AggregationConfig
+from flocktune.engine.rounds import Hooks, run_rounds
+from flocktune.models.lora import A_SUFFIX, B_SUFFIX, pairs
+from flocktune.scheduling import Cohort
+from flocktune.tensors import add_scaled, size_bytes
+from flocktune.types import ClientTask, Mean, Tensors, Update
+
+GOAL = 0.10
+RANK = 8
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round of ``clients`` updates of LoRA factors on ``modules`` square weights ``width`` wide.
+
+    ``kept``: updates that the aggregation diagnostics hold on to; 0 is off.
+    """
+
+    clients: int
+    modules: int = 64
+    width: int = 4096
+    kept: int = AggregationConfig().diagnose_clients
+
+
+@dataclass
+class Made:
+    """An engine whose updates are made when they are asked for. ``seconds`` is how long the making took."""
+
+    message: Tensors
+    seconds: float = field(default=0.0)
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update]:
+        """One update for each task, its bytes new every time."""
+        for task in tasks:
+            started = time.perf_counter()
+            number = 1 + int(task.client) % 7
+            delta = {name: value * (0.001 * number) for name, value in self.message.items()}
+            self.seconds += time.perf_counter() - started
+            yield Update(delta, float(number), 1, {"loss": Mean(float(number), 1)})
+
+
+def run(options: Options) -> Result:
+    """Peaks of fresh processes, and paired times in this one."""
+    few, many, shape = (2, 20, {"modules": 4, "width": 256}) if options.quick else (10, 1000, {})
+    kept = [0, few if options.quick else AggregationConfig().diagnose_clients]
+    cases = [Case(clients, kept=held, **shape) for held in kept for clients in (few, many)]
+    peaks = [peak_of(case, options.threads) for case in cases]
+    growth = {case.kept: many_bytes / few_bytes for case, few_bytes, many_bytes in zip(cases[::2], peaks[::2], peaks[1::2], strict=True)}
+    timing = Case(few, **shape)
+    seconds = _times(timing, 1 if options.quick else 7)
+    megabytes = size_bytes(start(timing)) / MEGABYTE
+    slower = ratio(seconds["aggregate"], seconds["read"])
+    names = [f"{case.clients} clients, diagnostics {f'over {case.kept}' if case.kept else 'off'}" for case in cases]
+    per_megabyte = {
+        name: Spread.of([1000 * each / (megabytes * timing.clients) for each in spent]) for name, spent in seconds.items()
+    }
+    return Result(
+        title="Server memory: 10 clients beside 1,000",
+        goal=f"peaks equal within {GOAL:.0%}",
+        met=all(abs(times - 1) <= GOAL for times in growth.values()),
+        header=("", "peak, MB above the start", "in updates", "times that of fewer clients"),
+        rows=[
+            (
+                name,
+                f"{peak / MEGABYTE:.0f}",
+                f"{peak / MEGABYTE / megabytes:.1f}",
+                "1" if case.clients == few else f"{growth[case.kept]:.3f}",
+            )
+            for name, case, peak in zip(names, cases, peaks, strict=True)
+        ],
+        notes=(
+            f"An update is {megabytes:.1f} MB (rank {RANK} on {timing.modules} weights of {timing.width} x"
+            f" {timing.width}). Aggregating (checks, sizes, weighted mean, server step, diagnostics off) takes"
+            f" {per_megabyte['aggregate']} ms a MB, reading the same bytes once {per_megabyte['read']}:"
+            f" {slower} times as long.",
+        ),
+        values={
+            "cases": [asdict(case) for case in cases],
+            "peak_bytes": peaks,
+            "growth": growth,
+            "seconds": seconds,
+            "times_reading": slower.median,
+        },
+    )
+
+
+def aggregate(case: Case, message: Tensors) -> float:
+    """One round; seconds of it that were not spent making updates."""
+    engine = Made(message)
+    names = tuple(str(number) for number in range(case.clients))
+    server = server_half(AggregationConfig())
+    started = time.perf_counter()
+    run_rounds(
+        server,
+        engine,
+        lambda round: Cohort(names, len(names), len(names)),
+        server.init(message),
+        rounds=1,
+        kind="fedavg",
+        seed=0,
+        hooks=Hooks(diagnose=diagnose, diagnose_clients=case.kept),
+    )
+    return time.perf_counter() - started - engine.seconds
+
+
+def read(case: Case, message: Tensors) -> float:
+    """Seconds to read every byte of the same updates once: a sum, which keeps nothing."""
+    engine = Made(message)
+    started = time.perf_counter()
+    for update in engine.run(ClientTask(0, str(number), "", {}, 0, "") for number in range(case.clients)):
+        for value in update.delta.values():
+            value.sum()
+    return time.perf_counter() - started - engine.seconds
+
+
+def diagnose(message: Tensors, updates: Sequence[Update]) -> Mapping[str, float]:
+    """The aggregation error, as a run measures it."""
+    clients = [pairs(add_scaled(message, update.delta)) for update in updates]
+    return {"aggregation_error": aggregation_error(clients, [update.weight for update in updates])}
+
+
+def start(case: Case) -> dict[str, Tensor]:
+    """An adapter with random factors, A [R, width] and B [width, R]."""
+    generator = torch.Generator().manual_seed(0)
+    factors: dict[str, Tensor] = {}
+    for module in range(case.modules):
+        factors[f"layers.{module}{A_SUFFIX}"] = torch.randn(RANK, case.width, generator=generator)
+        factors[f"layers.{module}{B_SUFFIX}"] = torch.randn(case.width, RANK, generator=generator)
+    return factors
+
+
+def peak_of(case: Case, threads: int) -> int:
+    """Bytes that a fresh process needs for this round, above what it held before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.server_memory", json.dumps(asdict(case)), str(threads)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    peak = int(done.stdout)
+    say(f"  {case.clients} clients, diagnostics over {case.kept}: {peak / MEGABYTE:.0f} MB")
+    return peak
+
+
+def _times(case: Case, turns: int) -> dict[str, list[float]]:
+    message = start(case)
+    plain = Case(case.clients, case.modules, case.width, kept=0)
+    measures: dict[str, Callable[[int], float]] = {
+        "read": lambda turn: read(plain, message),
+        "aggregate": lambda turn: aggregate(plain, message),
+    }
+    return interleaved(measures, turns)
+
+
+def _measure(case: Case) -> int:
+    """In the fresh process: one small round first, so that code and thread pools are there already."""
+    message = start(case)
+    aggregate(Case(2, kept=2), start(Case(2, modules=1, width=RANK)))
+    before = _status("VmRSS")
+    # The mark of the most memory ever is set back to now; imports have been higher.
+    Path("/proc/self/clear_refs").write_text("5")
+    aggregate(case, message)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """A size from this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(_measure(Case(**json.loads(sys.argv[1]))))

@@ -1,0 +1,160 @@
+"""How good a model is on held-out rows: loss, and scores of the answers it writes, category by category.
+
+N label positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flocktune.config.schema import EvaluationConfig
+from flocktune.data.batching import evaluation_batches
+from flocktune.data.encoding import Encoded, encode_prompt
+from flocktune.data.examples import Example
+from flocktune.data.templates import Template
+from flocktune.evaluation.generate import evaluating, generate_answers, prompt_room
+from flocktune.evaluation.scores import SCORES, score
+from flocktune.training import next_token_loss
+from flocktune.types import Mean, merge_metrics
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answered to one example, and how that scored."""
+
+    example: Example
+    text: str
+    scores: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A row of ``answers.jsonl``."""
+        return {
+            "category": self.example.category,
+            "instruction": self.example.instruction,
+            "context": self.example.context,
+            "reference": self.example.response,
+            "answer": self.text,
+            "scores": dict(self.scores),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per category: how many rows, and a table of means; ``loss`` is in nats a token, scores are in [0, 1]."""
+
+    categories: Mapping[str, Mapping[str, Mean]]
+    rows: Mapping[str, int]
+    answers: Sequence[Answer] = field(default=())
+
+    @property
+    def overall(self) -> dict[str, Mean]:
+        """All categories merged: means over tokens (loss) and over rows (scores)."""
+        merged: dict[str, Mean] = {}
+        for table in self.categories.values():
+            merged = merge_metrics(merged, table)
+        return merged
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"overall": {name: value, ..., "rows": n}, "categories": {name: the same}}``, ready for JSON.
+
+        Perplexity is exp of the mean loss. What could not be measured is None, what was not asked for absent.
+        """
+        return {
+            "overall": _values(self.overall, sum(self.rows.values())),
+            "categories": {name: _values(table, self.rows[name]) for name, table in self.categories.items()},
+        }
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    encoded: Encoded,
+    *,
+    settings: EvaluationConfig,
+    template: Template,
+    max_tokens: int,
+    pad_id: int,
+    max_rows: int | None = None,
+) -> Evaluation:
+    """Evaluate ``model`` on ``examples``; row i of ``encoded`` is example i, encoded for training.
+
+    Loss: summed over batches that never mix categories, so it is exact. Answers, when
+    ``settings.generate``: greedy, to prompts as they stand in training. ``max_rows`` evaluates that many
+    rows, spread evenly over the categories' rows, and always the same ones. The model is in evaluation
+    mode meanwhile. Raises UserError when ``settings.max_new_tokens`` leaves no room for a prompt.
+    """
+    chosen = choose_rows(examples, max_rows)
+    by_category: dict[str, list[int]] = {}
+    for index in chosen:
+        by_category.setdefault(examples[index].category, []).append(index)
+    with evaluating(model):
+        tables = {
+            name: {"loss": category_loss(model, encoded, rows, batch_size=settings.batch_size, pad_id=pad_id)}
+            for name, rows in by_category.items()
+        }
+    answers: list[Answer] = []
+    if settings.generate:
+        asked = [examples[index] for index in chosen]
+        answers = _answer_all(model, tokenizer, asked, settings=settings, template=template, max_tokens=max_tokens)
+    for answer in answers:
+        means = {name: Mean(value, 1) for name, value in answer.scores.items()}
+        tables[answer.example.category] = merge_metrics(tables[answer.example.category], means)
+    return Evaluation(tables, {name: len(rows) for name, rows in by_category.items()}, tuple(answers))
+
+
+def choose_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
+    """Row indices, sorted by category: all, or ``max_rows`` in equal steps, so categories keep their shares."""
+    ordered = sorted(range(len(examples)), key=lambda index: (examples[index].category, index))
+    if max_rows is None or max_rows >= len(ordered):
+        return ordered
+    return [ordered[place * len(ordered) // max_rows] for place in range(max_rows)]
+
+
+@torch.inference_mode()
+def category_loss(model: Any, encoded: Encoded, rows: Sequence[int], *, batch_size: int, pad_id: int) -> Mean:
+    """Nats over the N label positions of ``rows``, and N; nothing when no row has one."""
+    device = next(model.parameters()).device
+    trainable = [index for index in rows if encoded.targets[index] > 0]
+    if not trainable:
+        return Mean()
+    total, count = 0.0, 0
+    batches = evaluation_batches(encoded, trainable, batch_size=batch_size, batching="padded", pad_id=pad_id)
+    for _, batch in batches:
+        total += float(next_token_loss(model, batch.to(device)))
+        count += len(batch.targets)
+    return Mean(total, count)
+
+
+def _answer_all(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    settings: EvaluationConfig,
+    template: Template,
+    max_tokens: int,
+) -> list[Answer]:
+    room = min(max_tokens, prompt_room(model, settings.max_new_tokens))
+    prompts = [encode_prompt(example, tokenizer, template=template, max_tokens=room) for example in examples]
+    texts = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+    )
+    return [Answer(example, text, score(text, example)) for example, text in zip(examples, texts, strict=True)]
+
+
+def _values(table: Mapping[str, Mean], rows: int) -> dict[str, float | int | None]:
+    values = {name: _or_none(table[name].value) for name in ("loss", *SCORES) if name in table}
+    loss = table.get("loss", Mean()).value
+    # exp overflows above 709 nats a token, where only a broken model is
+    values["perplexity"] = _or_none(math.exp(loss)) if loss < 700 else None
+    return {**values, "rows": rows}
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

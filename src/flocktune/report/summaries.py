@@ -1,0 +1,153 @@
+"""The numbers of a comparison: a summary for each method, and what can be read from them.
+
+A summary is a JSON object: method, seed, rounds, metrics ``{dataset: {"overall": {name: value}, "categories":
+{category: {name: value}}}}``, bytes_up, bytes_down, seconds, and more. Over several seeds it has ``seeds``,
+``metrics`` (means), ``metrics_std`` and ``runs`` (the summaries of each seed).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Summary: TypeAlias = Mapping[str, Any]
+
+METRIC_NAMES = {
+    "checked": "Correct",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "Exact match",
+    "contains": "Contains",
+    "loss": "Loss",
+    "perplexity": "Perplexity",
+}
+"""How a metric is called on paper; the headline metric is the first of these that was measured."""
+
+SHARES = frozenset({"checked", "exact_match", "contains", "rouge_l"})
+"""Metrics between 0 and 1, shown in percent: more is better. Of the others, less is better."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number, or a mean over seeds with its sample standard deviation."""
+
+    mean: float
+    std: float | None = None
+
+
+def metric(summary: Summary, dataset: str, name: str, category: str | None = None) -> Value | None:
+    """One metric of one method, overall or in one category; None when it was not measured."""
+    mean = _look_up(summary.get("metrics"), dataset, name, category)
+    return None if mean is None else Value(mean, _look_up(summary.get("metrics_std"), dataset, name, category))
+
+
+def datasets(summaries: Mapping[str, Summary]) -> list[str]:
+    """The names of the data sets that any method was evaluated on, in order of first appearance."""
+    return list(dict.fromkeys(name for summary in summaries.values() for name in summary.get("metrics") or {}))
+
+
+def categories(summaries: Mapping[str, Summary], dataset: str) -> list[str]:
+    """The categories of a data set, sorted."""
+    tables = (((summary.get("metrics") or {}).get(dataset) or {}).get("categories") for summary in summaries.values())
+    return sorted({name for table in tables for name in table or {}})
+
+
+def headline_metric(summaries: Mapping[str, Summary], dataset: str) -> str | None:
+    """The metric that a comparison is about: correct answers by rule, else ROUGE-L, ..., else the loss."""
+    return next((name for name in METRIC_NAMES if _measured(summaries, dataset, name)), None)
+
+
+def table_metrics(summaries: Mapping[str, Summary], dataset: str) -> list[str]:
+    """The columns of a comparison: answers by rule, or exact match and ROUGE-L when there is no rule; the loss."""
+    scores = ["checked"] if _measured(summaries, dataset, "checked") else ["exact_match", "rouge_l"]
+    return [name for name in (*scores, "loss") if _measured(summaries, dataset, name)]
+
+
+def best_methods(summaries: Mapping[str, Summary], dataset: str, name: str) -> set[str]:
+    """The methods with the best value of a metric; none when all are the same."""
+    values = {key: value.mean for key, summary in summaries.items() if (value := metric(summary, dataset, name))}
+    if len(set(values.values())) < 2:
+        return set()
+    best = max(values.values()) if name in SHARES else min(values.values())
+    return {key for key, value in values.items() if value == best}
+
+
+def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
+    """One summary of the same method over several seeds; a single summary stays as it is.
+
+    Means and sample standard deviations, metric by metric, over the seeds that measured it; bytes and
+    seconds are means, the peak of memory is the highest.
+    """
+    if len(runs) == 1:
+        return dict(runs[0])
+    metrics = [run.get("metrics") or {} for run in runs]
+    combined = {**runs[0], "seeds": [run.get("seed") for run in runs], "runs": [dict(run) for run in runs]}
+    for key in ("seed", "adapter_sha256"):
+        combined.pop(key, None)
+    if len({run.get("client") for run in runs}) > 1:  # each seed draws its own clients for the local baselines
+        combined.pop("client", None)
+    for key in ("bytes_up", "bytes_down", "seconds", "rounds"):
+        combined[key] = _over([run.get(key) for run in runs], statistics.fmean)
+    combined["peak_memory_bytes"] = _over([run.get("peak_memory_bytes") for run in runs], max)
+    combined["metrics"] = _over(metrics, statistics.fmean)
+    combined["metrics_std"] = _over(metrics, _deviation)
+    return combined
+
+
+def method_order(key: str) -> tuple[int, str]:
+    """Sorts methods the way the claim reads: base, local, the federated method, centralised."""
+    for place, start in ((0, "base"), (1, "local"), (3, "centralised")):
+        if key.startswith(start):
+            return place, key
+    return 2, key
+
+
+def method_label(key: str, summary: Summary | None = None) -> str:
+    """How a method is called on paper, such as ``Local, client-3``."""
+    client = (summary or {}).get("client")
+    if key.startswith("local"):
+        number = key.removeprefix("local").strip("_-")
+        return f"Local, {client}" if client else f"Local {number}".strip()
+    return {"base": "Base model", "fedit": "FedIT", "centralised": "Centralised"}.get(key, key)
+
+
+def is_baseline(key: str) -> bool:
+    """Whether a method is one that others are compared with: nothing travels in it, whatever a log counts."""
+    return key.startswith(("base", "local", "centralised"))
+
+
+def travelled(key: str, summary: Summary, name: str) -> float | None:
+    """``bytes_up`` or ``bytes_down`` of a federated method; None for the others, and when nothing was sent."""
+    return None if is_baseline(key) else number(summary.get(name)) or None
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a float when it is a number, else None: logs may hold null, and damaged ones anything."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _look_up(metrics: Any, dataset: str, name: str, category: str | None) -> float | None:
+    path = (dataset, "overall", name) if category is None else (dataset, "categories", category, name)
+    for part in path:
+        metrics = metrics.get(part) if isinstance(metrics, Mapping) else None
+    return number(metrics)
+
+
+def _measured(summaries: Mapping[str, Summary], dataset: str, name: str) -> bool:
+    return any(metric(summary, dataset, name) for summary in summaries.values())
+
+
+def _over(values: Iterable[Any], combine: Callable[[list[float]], float | None]) -> Any:
+    """Combine numbers, or nested tables of numbers key by key; what is missing in a table does not count."""
+    present = [value for value in values if value is not None]
+    tables = [value for value in present if isinstance(value, Mapping)]
+    if tables:
+        keys = dict.fromkeys(key for table in tables for key in table)
+        return {key: _over([table.get(key) for table in tables], combine) for key in keys}
+    numbers = [value for value in map(number, present) if value is not None]
+    return combine(numbers) if numbers else None
+
+
+def _deviation(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None

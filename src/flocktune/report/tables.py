@@ -1,0 +1,159 @@
+"""The comparison of methods as a table: for the terminal (80 columns are enough) and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from flocktune.report.summaries import (
+    METRIC_NAMES,
+    SHARES,
+    Summary,
+    Value,
+    best_methods,
+    datasets,
+    method_label,
+    method_order,
+    metric,
+    number,
+    table_metrics,
+    travelled,
+)
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell, and whether it is the best of its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison as text: column headings (the first is the method) and one row of cells a method."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def comparison_grid(summaries: Mapping[str, Summary], dataset: str) -> Grid:
+    """Methods x (scores, loss, bytes received and sent by all clients, time) on one data set."""
+    names = table_metrics(summaries, dataset)
+    best = {name: best_methods(summaries, dataset, name) for name in names}
+    rows = []
+    for key in sorted(summaries, key=method_order):
+        summary = summaries[key]
+        scores = (Cell(format_metric(name, metric(summary, dataset, name)), key in best[name]) for name in names)
+        costs = (
+            Cell(format_bytes(travelled(key, summary, "bytes_down"))),
+            Cell(format_bytes(travelled(key, summary, "bytes_up"))),
+            Cell(format_seconds(number(summary.get("seconds")))),
+        )
+        rows.append((Cell(method_label(key, summary)), *scores, *costs))
+    return Grid(("Method", *_headings(names), "Down", "Up", "Time"), tuple(rows))
+
+
+def comparison_table(summaries: Mapping[str, Summary], dataset: str | None = None) -> Table:
+    """The comparison on one data set (default: the first) for the terminal; the best of a column is bold."""
+    chosen = dataset or next(iter(datasets(summaries)), "")
+    grid = comparison_grid(summaries, chosen)
+    table = Table(
+        title=_title(summaries, chosen),
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+        box=box.SIMPLE_HEAD,
+    )
+    for place, heading in enumerate(grid.headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True, min_width=0 if place else 15)
+    for row in grid.rows:
+        table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+    return table
+
+
+def comparison_markdown(summaries: Mapping[str, Summary], dataset: str | None = None) -> str:
+    """The same numbers as a Markdown table, columns aligned; ends with a newline."""
+    grid = comparison_grid(summaries, dataset or next(iter(datasets(summaries)), ""))
+    texts = [[_escaped(f"**{c.text}**" if c.best else c.text) for c in row] for row in grid.rows]
+    widths = [max(3, *(len(line[column]) for line in (grid.headings, *texts))) for column in range(len(grid.headings))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [_padded(grid.headings, widths), rule, *(_padded(line, widths) for line in texts)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """One evaluation (``overall`` and ``categories``) for the terminal: a row a category, then all of them."""
+    overall = evaluation["overall"]
+    names = [name for name in METRIC_NAMES if name in overall]
+    table = Table(pad_edge=False, collapse_padding=True, box=box.SIMPLE_HEAD)
+    for heading in ("Category", "Rows", *_headings(names)):
+        table.add_column(heading, justify="left" if heading == "Category" else "right", no_wrap=True)
+    rows = [*sorted(evaluation["categories"].items()), ("all", overall)]
+    for place, (category, values) in enumerate(rows):
+        found = ((name, number(values.get(name))) for name in names)
+        texts = (format_metric(name, None if value is None else Value(value)) for name, value in found)
+        style = "bold" if place == len(rows) - 1 else ""
+        table.add_row(*(Text(text, style=style) for text in (category, f"{values['rows']:,}", *texts)))
+    return table
+
+
+def format_metric(name: str, value: Value | None) -> str:
+    """A metric for a table: shares in percent with one decimal, others with three, or two beside a std over seeds."""
+    if value is None:
+        return NOTHING
+    scale, decimals = (100, 1) if name in SHARES else (1, 3 if value.std is None else 2)
+    mean = f"{value.mean * scale:.{decimals}f}"
+    return mean if value.std is None else f"{mean} ± {value.std * scale:.{decimals}f}"
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes in decimal units, three digits: ``12.3 MB``."""
+    if count is None:
+        return NOTHING
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    place = 0
+    while count >= 999.5 and place < len(units) - 1:
+        count, place = count / 1000, place + 1
+    return f"{count:.0f} {units[place]}" if count >= 99.95 or place == 0 else f"{count:.3g} {units[place]}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration: ``0.42 s``, ``12.3 s``, ``4:05`` (minutes), ``1:02:03`` (hours)."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 9.995:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _headings(names: Sequence[str]) -> list[str]:
+    called = {**METRIC_NAMES, "exact_match": "Exact"}  # every letter counts at 80 columns
+    return [f"{called[name]} %" if name in SHARES else called[name] for name in names]
+
+
+def _title(summaries: Mapping[str, Summary], dataset: str) -> str:
+    seeds = max((len(summary.get("seeds") or [0]) for summary in summaries.values()), default=1)
+    return f"Comparison on {dataset or 'nothing yet'}" + (f", mean ± std of {seeds} seeds" if seeds > 1 else "")
+
+
+def _padded(line: tuple[str, ...] | list[str], widths: list[int]) -> list[str]:
+    return [
+        text.rjust(width) if place else text.ljust(width)
+        for place, (text, width) in enumerate(zip(line, widths, strict=True))
+    ]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|")

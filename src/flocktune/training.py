@@ -1,0 +1,231 @@
+"""The local loop: one function, with the loss and the penalty as arguments.
+
+Loss is negative log-likelihood in nats, summed; a step's gradient is that sum divided by all the
+step's label tokens, so that k micro-batches of b rows are one batch of k * b rows.
+
+Shapes: B rows, T tokens, N label positions in a batch, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeAlias, assert_never
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from flocktune.config.schema import LocalConfig
+from flocktune.data.batching import Batch
+from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.types import Mean, Tensors
+
+Loss: TypeAlias = Callable[[PreTrainedModel, Batch], Tensor]
+Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class NotFinite(FlocktuneError):
+    """Training gave NaN or infinity. Names what and when; the trained values must not be used."""
+
+
+def next_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Negative log-likelihood in nats of ``batch.targets``, summed: a float32 scalar.
+
+    The head sees hidden states at the N label positions only ([1, N, D] instead of [B, T, D]), which
+    is exact because all that follows it acts on each position alone.
+    """
+    with _only_at(model, batch.label_index):
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets, reduction="sum")
+
+
+def learning_rate(settings: LocalConfig, step: int, total_steps: int) -> float:
+    """The rate of step ``step`` (from 0) of ``total_steps``.
+
+    Rises linearly to ``lr`` over ``warmup_steps``, then stays, falls linearly, or falls as half a cosine,
+    to reach 0 at ``total_steps``, one step after the last.
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+    match settings.schedule:
+        case "constant":
+            return settings.lr
+        case "linear":
+            return settings.lr * (1.0 - progress)
+        case "cosine":
+            return settings.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        case other:
+            assert_never(other)
+
+
+def proximal_penalty(reference: Tensors, mu: float) -> Penalty:
+    """FedProx (arXiv 1812.06127, equation 2): mu / 2 * ||w - w_t||^2, with ``reference`` as w_t."""
+    flat: dict[tuple[str, ...], Tensor] = {}
+
+    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
+        names = tuple(parameters)
+        now = torch.cat([value.reshape(-1) for value in parameters.values()])
+        if names not in flat:
+            flat[names] = torch.cat([reference[name].reshape(-1) for name in names]).to(now)
+        return 0.5 * mu * (now - flat[names]).square().sum()
+
+    return penalty
+
+
+def fit(
+    model: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Batch],
+    settings: LocalConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    first_step: int = 0,
+    penalty: Penalty | None = None,
+    loss: Loss = next_token_loss,
+) -> dict[str, Mean]:
+    """Train ``parameters`` in place with a fresh optimiser; nothing else of the model changes.
+
+    Takes ``settings.steps * accumulate`` micro-batches, or all of them when ``steps`` is None. The schedule runs over
+    ``total_steps``, of which ``first_step`` lie behind. ``seed`` fixes dropout; no global random state
+    moves. Metrics: ``loss`` (nats a label token, without the penalty), ``tokens`` and ``steps`` (a client).
+
+    Raises NotFinite when the loss or a parameter is not finite at the end, and UserError without batches.
+    The loop never waits for the device: losses stay there until the last step.
+    """
+    trained = list(parameters.values())
+    device = trained[0].device
+    optimizer = _optimizer(trained, settings)
+    step_losses: list[Tensor] = []
+    labels = tokens = 0
+    limit = None if settings.steps is None else settings.steps * settings.accumulate
+    with _training_mode(model, trained), _seeded(device, seed):
+        for step, group in enumerate(_groups(islice(batches, limit), settings.accumulate), start=first_step):
+            group_labels = sum(batch.targets.numel() for batch in group)
+            total = torch.zeros((), device=device)
+            for batch in group:
+                nats = loss(model, batch.to(device))
+                (nats / max(1, group_labels)).backward()
+                total += nats.detach()
+            if penalty is not None:
+                penalty(parameters).backward()
+            if settings.clip_norm:
+                nn.utils.clip_grad_norm_(trained, settings.clip_norm)
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, step, total_steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step_losses.append(total)
+            labels += group_labels
+            tokens += sum(batch.tokens for batch in group)
+    if not step_losses:
+        raise UserError(Problem("data", "at least one batch to train on", "none", "Give this client more rows."))
+    nats_by_step = torch.stack(step_losses).double().cpu()
+    _check_finite(nats_by_step, parameters, first_step)
+    return {
+        "loss": Mean(float(nats_by_step.sum()), labels),
+        "tokens": Mean(tokens, 1),
+        "steps": Mean(len(step_losses), 1),
+    }
+
+
+@torch.no_grad()
+def evaluate_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss = next_token_loss) -> Mean:
+    """Mean negative log-likelihood (nats a label token) over ``batches``; its ``exp`` is the perplexity.
+
+    Under no_grad, not inference_mode: what a model caches here may be used in training afterwards.
+    """
+    device = next(model.parameters()).device
+    nats = [torch.zeros((), device=device)]
+    labels = 0
+    for batch in batches:
+        nats.append(loss(model, batch.to(device)))
+        labels += batch.targets.numel()
+    return Mean(float(torch.stack(nats).cpu().double().sum()), labels)
+
+
+@contextmanager
+def _only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Inside, the head of ``model`` gets hidden states [1, N, D] at flat ``positions`` [N] of [B, T, D]."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(Problem("model.path", "a language model with an output head", type(model).__name__))
+
+    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, positions).unsqueeze(0), *inputs[1:])
+
+    handle: RemovableHandle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _optimizer(trained: Sequence[nn.Parameter], settings: LocalConfig) -> torch.optim.Optimizer:
+    """One fused kernel for all factors: there are hundreds, and each is small."""
+    match settings.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        case "sgd":
+            return torch.optim.SGD(
+                trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+            )
+        case other:
+            assert_never(other)
+
+
+@contextmanager
+def _training_mode(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Training mode for the modules that own trained parameters, and for them alone: the base drops nothing out."""
+    wanted = {id(parameter) for parameter in trained}
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = any(id(own) in wanted for own in module.parameters(recurse=False))
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random draws on ``device`` start from ``seed``; the generators are put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of ``size`` consecutive batches; the last one may be shorter."""
+    rest = iter(batches)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def _check_finite(nats_by_step: Tensor, parameters: Mapping[str, Tensor], first_step: int) -> None:
+    """Raise NotFinite that says at which step the loss broke, or which parameters did. The loop's only wait."""
+    broken = (~torch.isfinite(nats_by_step)).nonzero()
+    if len(broken):
+        step = int(broken[0])
+        raise NotFinite(
+            f"the loss became {float(nats_by_step[step])} at step {first_step + step} (step {step + 1} of"
+            f" {len(nats_by_step)} here). Lower local.lr, set local.clip_norm or local.warmup_steps, or use"
+            " model.dtype: float32."
+        )
+    with torch.no_grad():
+        finite = torch.stack([torch.isfinite(value).all() for value in parameters.values()]).cpu()
+    names = [name for name, good in zip(parameters, finite.tolist(), strict=True) if not good]
+    if names:
+        raise NotFinite(
+            f"NaN or infinite values in {len(names)} trained tensors ({names[0]}, ...) after the last step."
+            " Lower local.lr."
+        )

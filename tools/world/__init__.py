@@ -1,0 +1,1 @@
+"""The small invented world behind the embedded default model and its instructions."""
