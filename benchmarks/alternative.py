@@ -50,7 +50,6 @@ from flocktune.interfaces import State
 from flocktune.models.load import load_model, load_tokenizer, pad_id
 from flocktune.models.lora import Adapter, attach, pairs
 from flocktune.scheduling import Cohort
-from flocktune.seeds import derive_seed
 from flocktune.tensors import add_scaled
 from flocktune.training import evaluate_loss
 from flocktune.types import Tensors
@@ -77,7 +76,7 @@ class Federation:
 
 def run(options: Options) -> Result:
     """All variants, round by round in turns; then the held-out loss of each."""
-    turns = 1 if options.quick else 4
+    turns, orders = (1, 1) if options.quick else (4, 2)
     datasets.disable_progress_bars()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -89,18 +88,18 @@ def run(options: Options) -> Result:
             federations = _federations(options, work, own, start)
             seconds = interleaved({name: each.turn for name, each in federations.items()}, turns)
             adapters = {name: each.adapter(each.state) for name, each in federations.items()}
-            adapters |= _other_orders(work, own_network(own), start, turns + 1, count=1 if options.quick else 3)
+            adapters |= _other_orders(work, own_network(own), start, turns + 1, count=orders)
     finally:
         logging.set_verbosity(verbosity)
         datasets.enable_progress_bars()
     say("  held-out losses")
     losses = {name: held_out_loss(work, own, tensors) for name, tensors in {"start": start, **adapters}.items()}
-    return _result(work, seconds, losses)
+    return _result(work, seconds, losses, quick=options.quick)
 
 
 def _work(options: Options, folder: str) -> Work:
     quick = options.quick
-    clients, steps, held = (2, 2, 8) if quick else (2, 6, 96)
+    clients, steps, held = (2, 2, 8) if quick else (2, 4, 96)
     local = LocalConfig(epochs=1, batch_size=4 if quick else 8, lr=2e-3, schedule="linear")
     tokenizer = load_tokenizer(ModelConfig(options.model))
     examples = read_examples(options.data, Columns(), max_rows=100 if quick else 2000)
@@ -109,9 +108,7 @@ def _work(options: Options, folder: str) -> Work:
     fits = [row for row in range(len(examples)) if encoded.targets[row] > 0 and encoded.lengths[row] <= 256]
     # The few rows where tokens span prompt and answer, or are more than one exchange, are not the same work.
     same = [
-        row
-        for row in fits
-        if usual_tokens(tokenizer, **prompt_and_answer(examples[row])) == cached_row(encoded, row)
+        row for row in fits if usual_tokens(tokenizer, **prompt_and_answer(examples[row])) == cached_row(encoded, row)
     ]
     a_client = steps * local.batch_size
     if len(same) < clients * a_client + held:
@@ -133,12 +130,13 @@ def _work(options: Options, folder: str) -> Work:
 
 
 def _federations(options: Options, work: Work, own: Adapter, start: Tensors) -> dict[str, Federation]:
-    peft = peft_network(load_model(ModelConfig(options.model), CPU), work, start)
-    half = attach(load_model(ModelConfig(options.model, dtype="bfloat16"), CPU), work.lora, seed=0)
-    found = {name: _plain(work, own_network(own), switches, start) for name, switches in LADDER.items() if switches.own_lora}
-    found |= {name: _plain(work, peft, switches, start) for name, switches in LADDER.items() if not switches.own_lora}
-    ordered = {name: found[name] for name in LADDER}
-    return {**ordered, OURS: _ours(work, own, start, "float32"), OURS_BF16: _ours(work, half, start, "bfloat16")}
+    usual = peft_network(load_model(ModelConfig(options.model), CPU), work, start)
+    in_bfloat16 = attach(load_model(ModelConfig(options.model, dtype="bfloat16"), CPU), work.lora, seed=0)
+    found = {
+        name: _plain(work, own_network(own) if switches.own_lora else usual, switches, start)
+        for name, switches in LADDER.items()
+    }
+    return {**found, OURS: _ours(work, own, start, "float32"), OURS_BF16: _ours(work, in_bfloat16, start, "bfloat16")}
 
 
 def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> Federation:
@@ -203,23 +201,25 @@ def diagnose(message: Tensors, updates: Any) -> dict[str, float]:
 
 def _other_orders(work: Work, network: Network, start: Tensors, rounds: int, *, count: int) -> dict[str, Tensors]:
     """Adapters of the same federation with its batches drawn in other orders: how much of a loss is chance."""
+    switches = list(LADDER.values())[-1]
     found: dict[str, Tensors] = {}
     for seed in range(1, count + 1):
         state: Mapping[str, Tensor] = start
         for number in range(rounds):
-            state = plain_round(replace(work, seed=seed), network, Switches(True, True, True, True, True), state, number)
+            state = plain_round(replace(work, seed=seed), network, switches, state, number)
         found[f"other order {seed}"] = state
     return found
 
 
 def held_out_loss(work: Work, adapter: Adapter, tensors: Tensors) -> float:
-    """Nats a label token of the held-out rows, on the float32 base."""
+    """Nats a label token of the held-out rows."""
     adapter.load(tensors)
+    model: Any = adapter.model
     batches = evaluation_batches(work.encoded, work.held_out, batch_size=16, batching="padded", pad_id=work.pad_id)
-    return evaluate_loss(adapter.model, (batch for _, batch in batches)).value
+    return evaluate_loss(model, (batch for _, batch in batches)).value
 
 
-def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str, float]) -> Result:
+def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str, float], *, quick: bool) -> Result:
     names = list(seconds)
     whole = ratio(seconds[names[0]], seconds[OURS])
     rows = []
@@ -240,7 +240,7 @@ def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str,
     return Result(
         title="A round beside the obvious alternative, and what each part gives",
         goal=f"flocktune at least {GOAL:g} times as fast a round at the same loss",
-        met=whole.median >= GOAL,
+        met=None if quick else whole.median >= GOAL,
         header=(
             "",
             "seconds a round: median (min to max)",

@@ -101,10 +101,11 @@ def own_network(adapter: Adapter) -> Network:
 def peft_network(base: nn.Module, work: Work, start: Tensors) -> Network:
     """PEFT's LoRA on the modules that ``start`` has factors for."""
     lora = work.lora
+    alpha: Any = lora.alpha  # PEFT says int, and takes any number
     settings = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(pairs(start)), task_type="CAUSAL_LM"
+        r=lora.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(pairs(start)), task_type="CAUSAL_LM"
     )
-    model: Any = get_peft_model(base, settings)  # type: ignore[arg-type]
+    model: Any = get_peft_model(base, settings)
     model.config.use_cache = False
     return Network(
         model,
@@ -172,9 +173,7 @@ def _trainer(work: Work, network: Network, rows: Any, seed: int) -> None:
 
 def _bare_loop(work: Work, network: Network, switches: Switches, client: str, seed: int) -> None:
     steps = -(-len(work.clients[client]) // work.local.batch_size)
-    optimizer = torch.optim.AdamW(
-        network.trained, lr=work.local.lr, weight_decay=work.local.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(network.trained, lr=work.local.lr, weight_decay=work.local.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for loss in _losses(work, network.model, switches, client, seed):
         loss.backward()

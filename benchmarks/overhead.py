@@ -89,7 +89,7 @@ def run(options: Options) -> Result:
     difference = largest_difference(last["bare"], last["flocktune"])
     if difference > TOLERANCE:
         raise RuntimeError(f"the two sides did not do the same work: adapters differ by {difference:.1e}")
-    return _result(config, plan, seconds, phases[1:], difference)
+    return _result(config, plan, seconds, phases[1:], difference, quick=options.quick)
 
 
 @dataclass
@@ -189,6 +189,8 @@ def _result(
     seconds: Mapping[str, Sequence[float]],
     phases: Sequence[Mapping[str, float]],
     difference: float,
+    *,
+    quick: bool,
 ) -> Result:
     times = ratio(seconds["flocktune"], seconds["bare"])
     extra = Spread.of(
@@ -199,7 +201,7 @@ def _result(
     return Result(
         title="Overhead: a whole run beside a bare PyTorch loop",
         goal=f"median ratio at most {GOAL}",
-        met=times.median <= GOAL,
+        met=None if quick else times.median <= GOAL,
         header=("", "seconds a run: median (min to max)", "ratio, turn by turn", "extra milliseconds a round"),
         rows=(
             ("bare loop", str(Spread.of(seconds["bare"])), "1", "0"),

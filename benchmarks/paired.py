@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from flocktune.config.schema import EMBEDDED
-from flocktune.runs import versions
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """A table and what it is to show. ``values`` is the same for machines; ``notes`` say what was run."""
+    """A table and what it is to show.
+
+    ``met``: whether the goal is; None in the quick form. ``notes``: what was run. ``values``: all of it, for machines.
+    """
 
     title: str
     goal: str
-    met: bool
+    met: bool | None
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
@@ -63,7 +65,7 @@ class Result:
         """Ready to be pasted into a page."""
         aligned = ["---", *["---:"] * (len(self.header) - 1)]
         lines = [_row(self.header), _row(aligned), *(_row(row) for row in self.rows)]
-        verdict = "met" if self.met else "MISSED"
+        verdict = {True: "met", False: "MISSED", None: "not judged by the quick form"}[self.met]
         return "\n".join([f"### {self.title}", "", *lines, "", *self.notes, f"Goal, {self.goal}: {verdict}."])
 
 
@@ -77,7 +79,7 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(warm_up + turns):
-        names = list(measures) if turn % 2 == 0 else list(reversed(measures))
+        names = list(measures)[:: 1 if turn % 2 == 0 else -1]
         for name in names:
             gc.collect()
             spent = measures[name](turn)
@@ -101,6 +103,8 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 
 def environment(options: Options) -> dict[str, Any]:
     """Machine and versions: what a time is worth nothing without. ``load``: running processes, before we began."""
+    from flocktune.runs import versions  # late: it brings every room along, into the small processes too
+
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

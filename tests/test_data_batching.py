@@ -102,12 +102,14 @@ def test_order_is_random_between_epochs_and_seeds_and_lengths_are_alike_within_b
     lengths = np.random.default_rng(0).integers(10, 500, 1024)
     plan = plan_batches(lengths, batch_size=8, seed=1, steps=None, epochs=2)
     assert any(not np.array_equal(left, right) for left, right in zip(plan[:128], plan[128:], strict=True))
+    first, second = ({frozenset(batch.tolist()) for batch in epoch} for epoch in (plan[:128], plan[128:]))
+    assert len(first & second) < 10, "other rows are together in the next epoch"
     other = plan_batches(lengths, batch_size=8, seed=2, steps=None, epochs=1)
     assert any(not np.array_equal(left, right) for left, right in zip(plan, other, strict=False))
     padded = sum(int(lengths[batch].max()) * len(batch) for batch in plan[:128])
     assert padded < 1.08 * lengths.sum()
     longest = [int(lengths[batch].max()) for batch in plan[:128]]
-    assert abs(np.corrcoef(longest, np.arange(128))[0, 1]) < 0.3, "no drift of lengths over an epoch"
+    assert 0.3 < np.mean(np.diff(longest) > 0) < 0.7, "batches do not come in order of length"
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(None, None), (1, 1)])

@@ -115,9 +115,8 @@ def test_plain_templates_hold_conversations_too() -> None:
     whole, trained = encoded_text(TALK)
     assert whole == "<s>S\n\nInstruction: a\nAnswer: b</s>\n\nInstruction: c\nAnswer: d</s>"
     assert trained == " b</s> d</s>"
-    assert encoded_text(replace(TALK, context="k"))[0].endswith(
-        "Answer: b</s>\n\nInstruction: c\nContext: k\nAnswer: d</s>"
-    )
+    with_context, _ = encoded_text(replace(TALK, context="k"))
+    assert with_context == whole.replace("Instruction: c", "Instruction: c\nContext: k")
 
 
 def test_an_empty_turn_of_the_assistant_is_not_taught() -> None:

@@ -61,6 +61,13 @@ def test_every_row_is_dealt_once_and_every_client_has_its_least(categories, allo
     assert deal(allocation, categories, seed) == partition
 
 
+@pytest.mark.parametrize("kind", [Dirichlet, QuantitySkew])
+def test_the_most_uneven_draw_still_gives_everyone_the_least(kind: type[Dirichlet] | type[QuantitySkew]) -> None:
+    """At this alpha one client draws nearly all; it still has what the others do not need."""
+    sizes = [len(rows) for rows in deal(kind(alpha=1e-6, min_rows=30), ["x"] * 800).clients.values()]
+    assert sorted(sizes) == [30] * 9 + [530]
+
+
 @pytest.mark.parametrize("allocation", [Iid(), ByCategory(), Dirichlet(), QuantitySkew()])
 def test_the_seed_decides(allocation: Allocation) -> None:
     assert deal(allocation, seed=1) != deal(allocation, seed=2)
@@ -87,8 +94,8 @@ def test_by_category_gives_few_categories_and_equal_sizes() -> None:
     assert max(held) == 2
     one_each = deal(ByCategory(clients=8, categories_per_client=1))
     assert {len({EIGHT[row] for row in rows}) for rows in one_each.clients.values()} == {1}
-    shuffled = deal(ByCategory(clients=16)).clients.values()
-    assert any(rows != list(range(rows[0], 800, 8))[: len(rows)] for rows in shuffled), "rows of a category are mixed"
+    halves = deal(ByCategory(clients=16, categories_per_client=1)).clients.values()
+    assert all(rows[-1] - rows[0] > 50 * 8 for rows in halves), "a category's rows are mixed before it is cut"
 
 
 def test_dirichlet_alpha_sets_how_different_clients_are() -> None:
@@ -118,6 +125,7 @@ def test_clusters_follow_the_texts() -> None:
 
 def test_clusters_of_odd_texts() -> None:
     assert len(set(text_clusters(["same text"] * 5, 3, seed=0))) == 1
+    assert len(set(text_clusters(["one text", "other words"], 3, seed=0))) == 2
     with pytest.raises(UserError, match="words"):
         text_clusters(["", "?"], 2, seed=0)
 
@@ -146,6 +154,10 @@ def test_help_never_makes_the_donor_short() -> None:
     parts = [[0, 1, 2, 3], [4, 5], []]
     help_short(parts, ["x"] * 6, 2)
     assert [len(part) for part in parts] == [2, 2, 2]
+    parts = [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    help_short(parts, ["x"] * 9, 3)
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert set(parts[0]) < {0, 1, 2, 3}, "whoever gives is not given to"
 
 
 @settings(deadline=None)

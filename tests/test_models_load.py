@@ -65,7 +65,7 @@ def test_everything_missing_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled"):
+    with pytest.raises(UserError, match="pickled and therefore"):
         load_model(config(folder), CPU)
 
 

@@ -165,7 +165,7 @@ def test_other_methods_are_refused(tmp_path: Path) -> None:
 def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled"):
+    with pytest.raises(UserError, match="pickled and therefore"):
         import_peft(tmp_path)
 
 

@@ -186,19 +186,22 @@ def test_one_interrupt_finishes_the_round_and_saves_it(
     assert without_answers(tmp_path / "run") == without_answers(longer)
 
 
-def test_a_second_interrupt_stops_at_once(forked: ForkedRuns, world: World, longer: Path, tmp_path: Path) -> None:
-    child = forked.start("run", world.recipe, *LONGER, "local.steps=12", "--out", tmp_path / "run")
+def test_a_second_interrupt_stops_at_once(forked: ForkedRuns, world: World, tmp_path: Path) -> None:
+    arguments = ("run", world.recipe, *LONGER, "rounds=2", "local.steps=80", "--out")
+    assert forked.run(*arguments, tmp_path / "whole").code == 0
+    child = forked.start(*arguments, tmp_path / "run")
     child.until(lambda: (tmp_path / "run" / "state" / "round-00001.json").exists())
     child.kill(signal.SIGINT)
     child.until(lambda: "Stopping after this round." in child.output.read_text())
     child.kill(signal.SIGINT)
     stopped = child.wait()
     assert stopped.code == 130, stopped.output
+    assert f"Go on with: flocktune resume {tmp_path / 'run'}" in stopped.output
     assert "Traceback" not in stopped.output
     assert len(events(tmp_path / "run", "round")) == 1, "the round at hand was given up"
     ended = forked.run("resume", tmp_path / "run")
     assert ended.code == 0, ended.output
-    assert without_answers(tmp_path / "run") == without_answers(longer)
+    assert without_answers(tmp_path / "run") == without_answers(tmp_path / "whole")
 
 
 def without_answers(folder: Path) -> Any:

@@ -21,7 +21,7 @@ from flocktune.algorithms import fedavg
 from flocktune.algorithms.fedavg import ClientData
 from flocktune.config.load import to_tree
 from flocktune.config.schema import Availability, DataConfig, LoraConfig, ModelConfig, Named, RunConfig
-from flocktune.data.batching import training_batches
+from flocktune.data.batching import packing_leak, training_batches
 from flocktune.data.encoding import Encoded, EncodingReport, default_cache_folder, encode_cached
 from flocktune.data.examples import Example, examples_digest
 from flocktune.data.heterogeneity import category_counts, heterogeneity

@@ -82,7 +82,7 @@ class DataConfig:
     ``train``/``test``: a JSON, JSONL, CSV or Parquet file, a saved Hugging Face dataset folder, a folder
     of one file per client (allocation ``natural``), a hub id, or ``embedded``. Without ``test``,
     ``test_rows_per_category`` rows of each category are held out of ``train`` first.
-    ``max_tokens`` bounds prompt + response; the response is kept when cutting.
+    ``max_tokens`` bounds prompt + response; the prompt is cut first, down to a quarter of it.
     """
 
     train: str = EMBEDDED

@@ -1,0 +1,148 @@
+"""Every benchmark runs in its quick form and compares equal work. No test looks at a time."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flocktune.config.schema import Columns, LoraConfig
+from flocktune.data.batching import collate
+from flocktune.data.encoding import encode
+from flocktune.data.sources import read_examples
+from flocktune.models.lora import attach
+from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+COLOURS = ("red", "green", "blue", "grey", "black", "white")
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("FLOCKTUNE_CACHE", str(tmp_path / "cache"))
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and 60 rows, which byte tokens bring to some 60 tokens each."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = [
+        {
+            "instruction": f"Name colour {number}" + "!" * (number % 7),
+            "context": "On a flag." if number % 3 else "",
+            "response": COLOURS[number % len(COLOURS)],
+            "category": ("flag", "sky")[number % 2],
+        }
+        for number in range(60)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return save_tiny(folder / "model"), data
+
+
+@pytest.fixture
+def measured(world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(name: str) -> tuple[dict[str, Any], str]:
+        model, data = world
+        place = tmp_path / "results.json"
+        main = importlib.import_module("benchmarks.__main__").main
+        assert main([name, "--quick", "--model", str(model), "--data", str(data), "--json", str(place)]) == 0
+        return json.loads(place.read_text(encoding="utf-8"))["results"][name], capsys.readouterr().out
+
+    return run
+
+
+def test_overhead_compares_the_same_work(measured: Any) -> None:
+    result, page = measured("overhead")
+    assert result["values"]["difference"] <= 1e-5
+    assert [row[0] for row in result["rows"]] == ["bare loop", "flocktune"]
+    assert len(result["values"]["seconds"]["flocktune"]) == 2
+    assert "QUICK" in page
+    assert "not judged" in page
+
+
+def test_overhead_refuses_other_work(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    overhead = importlib.import_module("benchmarks.overhead")
+    monkeypatch.setattr(overhead, "bare_loop", lambda fed, plan: fed.start)
+    with pytest.raises(RuntimeError, match="same work"):
+        measured("overhead")
+
+
+def test_every_variant_trains_alike(measured: Any) -> None:
+    result, page = measured("alternative")
+    losses = result["values"]["losses"]
+    shuffled, grouped = list(losses.values())[1:5], list(losses.values())[5:8]
+    assert shuffled == pytest.approx([shuffled[0]] * 4, abs=1e-4)
+    assert grouped == pytest.approx([grouped[0]] * 3, abs=1e-4)
+    assert losses["start"] - max(shuffled + grouped) > 1e-2  # so that equal does not mean untrained
+    assert page.count("\n| ") == len(result["rows"]) + 2
+    assert len(result["rows"]) == 8
+
+
+def test_server_memory_runs_in_processes_of_its_own(measured: Any) -> None:
+    result, _ = measured("server_memory")
+    peaks = result["values"]["peak_bytes"]
+    assert list(peaks) == ["2 clients, diagnostics over 2", "20 clients, diagnostics over 2"]
+    adapter_bytes = 4 * 2 * 8 * 256 * 4
+    assert all(4 * adapter_bytes < peak for peak in peaks.values())  # two updates, what they lead to, the mean
+    assert set(result["values"]["seconds"]) == {"read", "aggregate"}
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("benchmarks.__main__").main
+    with pytest.raises(SystemExit, match="2"):
+        main(["speed"])
+    assert "overhead, alternative, server_memory" in capsys.readouterr().err
+
+
+def test_turns_alternate_and_the_first_is_left_out() -> None:
+    paired = importlib.import_module("benchmarks.paired")
+    calls: list[str] = []
+
+    def measure(name: str, seconds: float) -> Any:
+        return lambda turn: calls.append(name) or seconds * (turn + 1)
+
+    seconds = paired.interleaved({"a": measure("a", 1.0), "b": measure("b", 2.0)}, 2)
+    assert "".join(calls) == "abbaab"
+    assert seconds == {"a": [2.0, 3.0], "b": [4.0, 6.0]}
+    assert paired.ratio([1.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == paired.Spread(1.0, 2.0, 3.0)
+
+
+def test_a_missed_goal_is_said() -> None:
+    paired = importlib.import_module("benchmarks.paired")
+    result = paired.Result("Title", "fast", False, ("", "s"), [("a", "1")], ("Note.",))
+    table = ["|  | s |", "| --- | ---: |", "| a | 1 |"]
+    assert result.markdown().splitlines()[2:] == [*table, "", "Note.", "Goal, fast: MISSED."]
+
+
+def test_both_ways_of_tokenising_agree(world: tuple[Path, Path]) -> None:
+    ladder = importlib.import_module("benchmarks.ladder")
+    tokenizer = tiny_tokenizer()
+    examples = read_examples(str(world[1]), Columns())
+    encoded, _ = encode(examples, tokenizer, template="short", max_tokens=512, train_on="responses")
+    for row, example in enumerate(examples):
+        usual = ladder.usual_tokens(tokenizer, **ladder.prompt_and_answer(example))
+        assert usual == ladder.cached_row(encoded, row)
+    batch = collate(encoded, np.arange(5), batching="padded", pad_id=2)
+    for row, labels in enumerate(ladder.labels_of(batch).tolist()):
+        wanted = ladder.cached_row(encoded, row)["labels"]
+        assert labels == wanted + [ladder.IGNORED] * (len(labels) - len(wanted))
+
+
+def test_names_go_to_peft_and_back() -> None:
+    ladder = importlib.import_module("benchmarks.ladder")
+    lora = LoraConfig(rank=2)
+    start = attach(tiny_model("llama"), lora, seed=3).tensors()
+    work = ladder.Work([], None, {}, np.arange(0), None, 0, None, lora, 0, "")
+    network = ladder.peft_network(tiny_model("llama"), work, start)
+    network.write(ladder.peft_names(start))
+    back = ladder.own_names(network.read())
+    assert back.keys() == start.keys()
+    assert all(torch.equal(back[name], value) for name, value in start.items())
+    assert len(network.trained) == len(start)
