@@ -123,15 +123,18 @@ def test_dtype(folder: Path) -> None:
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
 
-def test_loading_is_quiet_and_leaves_the_settings_alone(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_model(config(folder), CPU)
-    load_tokenizer(config(folder))
-    load_skeleton(config(folder))
-    assert capfd.readouterr() == ("", "")
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+def test_loading_is_quiet_and_leaves_the_settings_alone(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    try:
+        for call in (lambda: load_model(config(folder), CPU), lambda: load_tokenizer(config(folder))):
+            call()
+            assert capfd.readouterr() == ("", "")
+            assert logging.get_verbosity() == logging.WARNING
+            assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(level)
 
 
 def test_quantisation_names_all_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

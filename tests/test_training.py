@@ -144,7 +144,17 @@ def test_evaluation_is_the_mean_over_label_tokens_of_all_batches() -> None:
     found = evaluate_loss(adapter.model, [batch_of(chosen[:3]), batch_of(chosen[3:], packed=True)])
     assert found.count == sum(len(ids) - prompt for ids, prompt in chosen)
     assert found.total == pytest.approx(textbook_loss(adapter.model, chosen).item(), rel=1e-5)
-    assert all(value.grad is None for value in adapter.parameters.values())
+
+
+def test_evaluation_records_no_graph() -> None:
+    losses: list[Tensor] = []
+
+    def kept(model: Any, batch: Any) -> Tensor:
+        losses.append(next_token_loss(model, batch))
+        return losses[-1]
+
+    evaluate_loss(tuned().model, [batch_of(rows(2))], kept)
+    assert [loss.requires_grad for loss in losses] == [False]
 
 
 # --- the step ------------------------------------------------------------------------------------

@@ -294,6 +294,8 @@ def _escape(text: str) -> str:
 def main() -> None:
     """Entry point of ``flocktune``."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # oneDNN keeps a compiled kernel, with buffers, per shape; batches have hundreds of shapes (1,024 kept by default).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     with _polite_errors():

@@ -167,7 +167,8 @@ class _Run:
         if checkpoint is None:
             self._emit(start_event(fed))
         else:
-            state, self.rounds_done = checkpoint.state, checkpoint.rounds_done
+            # In the order of a fresh state: a file's order is another, and sums over tensors round by their order.
+            state, self.rounds_done = {name: checkpoint.state[name] for name in state}, checkpoint.rounds_done
             self.engine.memories.update(checkpoint.memories)
             self._emit({"event": "resumed", "round": self.rounds_done})
         state = run_rounds(

@@ -12,20 +12,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeAlias, assert_never
+from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.types import Mean, Tensors
 
-Loss: TypeAlias = Callable[[PreTrainedModel, Batch], Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Loss: TypeAlias = "Callable[[PreTrainedModel, Batch], Tensor]"
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 
 

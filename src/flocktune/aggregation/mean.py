@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from flocktune.types import Update, merge_metrics
+from flocktune.types import Mean, Update, merge_metrics
 
 
 def weighted_mean(updates: Iterable[Update]) -> Update:
@@ -21,7 +21,8 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     Raises ValueError when there is no update.
     """
     mean: dict[str, torch.Tensor] = {}
-    total, clients, metrics = 0.0, 0, {}
+    metrics: dict[str, Mean] = {}
+    total, clients = 0.0, 0
     for update in updates:
         total += update.weight
         clients += update.clients

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Heterogeneity:
     distance: float
 
 
-def category_counts(parts: Mapping[str, Sequence[int]], categories: Sequence[str]) -> dict[str, dict[str, int]]:
+def category_counts(parts: Mapping[str, Sequence[int] | NDArray[np.int64]], categories: Sequence[str]) -> dict[str, dict[str, int]]:
     """client -> category -> rows, every category for every client, both in sorted order of categories."""
     names = sorted({categories[row] for rows in parts.values() for row in rows})
     counts = {client: Counter(categories[row] for row in rows) for client, rows in parts.items()}
     return {client: {name: count[name] for name in names} for client, count in counts.items()}
 
 
-def heterogeneity(parts: Mapping[str, Sequence[int]], categories: Sequence[str]) -> Heterogeneity:
+def heterogeneity(parts: Mapping[str, Sequence[int] | NDArray[np.int64]], categories: Sequence[str]) -> Heterogeneity:
     """Measure a partition. Raises ValueError when no client has a row."""
     table = np.array([list(row.values()) for row in category_counts(parts, categories).values()], np.float64)
     sizes = table.sum(axis=1)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flocktune.config.schema import LoraConfig
@@ -80,7 +81,7 @@ class LoraLinear(nn.Module):
 class Adapter:
     """The factors attached to a model. ``parameters`` are the live ones, in the order of the model's modules."""
 
-    model: nn.Module
+    model: PreTrainedModel
     layers: Mapping[str, LoraLinear]
     parameters: dict[str, nn.Parameter]
 
@@ -120,14 +121,14 @@ class Adapter:
             for layer, enabled in zip(self.layers.values(), before, strict=True):
                 layer.enabled = enabled
 
-    def detach(self) -> nn.Module:
+    def detach(self) -> PreTrainedModel:
         """Give the model its own modules back: it is as it was before :func:`attach`."""
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base)
         return self.model
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self) -> PreTrainedModel:
         """Write W + scale * B A (computed in float32) into the base's weights for good, then detach.
 
         Raises UserError for a quantised base, whose packed weights can not take it.
@@ -142,7 +143,7 @@ class Adapter:
         return self.detach()
 
 
-def attach(model: nn.Module, lora: LoraConfig, *, seed: int) -> Adapter:
+def attach(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> Adapter:
     """Freeze the model and put LoRA, started from ``seed``, beside its target modules.
 
     Raises UserError when a target does not exist, the rank is too large, or an adapter is there already.
@@ -160,7 +161,7 @@ def attach(model: nn.Module, lora: LoraConfig, *, seed: int) -> Adapter:
     return adapter
 
 
-def shapes(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+def shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of each factor that :func:`attach` would make. Works on the meta device."""
     found: dict[str, tuple[int, ...]] = {}
     for name, module in _targets(model, lora).items():
@@ -197,9 +198,9 @@ def ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
-def _targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
+def _targets(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Module]:
     """The linear modules that get factors, in module order. Never the head: its weight often is the embedding."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     linear: dict[str, nn.Module] = {
         name: module
         for name, module in bare_modules(model).items()
