@@ -57,8 +57,8 @@ def recipe(options: Options) -> RunConfig:
             test_rows_per_category=1,
             max_rows=200 if quick else 2000,
         ),
-        allocation=Iid(clients=2 if quick else 4),
-        local=LocalConfig(steps=2 if quick else 4, batch_size=4 if quick else 8, lr=1e-3),
+        allocation=Iid(clients=2 if quick else 3),
+        local=LocalConfig(steps=2 if quick else 3, batch_size=4 if quick else 8, lr=1e-3),
         evaluation=EvaluationConfig(generate=False),
         runtime=RuntimeConfig(device="cpu", threads=options.threads),
     )

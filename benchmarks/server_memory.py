@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
-from flocktune.aggregation.lora import aggregation_error
-from flocktune.algorithms.fedavg import server_half
+from flocktune.algorithms.fedavg import diagnose, server_half
 from flocktune.config.schema import AggregationConfig
 from flocktune.engine.rounds import Hooks, run_rounds
-from flocktune.models.lora import A_SUFFIX, B_SUFFIX, pairs
+from flocktune.models.lora import A_SUFFIX, B_SUFFIX
 from flocktune.scheduling import Cohort
-from flocktune.tensors import add_scaled, size_bytes
+from flocktune.tensors import size_bytes
 from flocktune.types import ClientTask, Mean, Tensors, Update
 
 GOAL = 0.10
@@ -128,12 +127,6 @@ def read(case: Case, message: Tensors) -> float:
         for value in update.delta.values():
             value.sum()
     return time.perf_counter() - started - engine.seconds
-
-
-def diagnose(message: Tensors, updates: Sequence[Update]) -> Mapping[str, float]:
-    """The aggregation error, as a run measures it."""
-    clients = [pairs(add_scaled(message, update.delta)) for update in updates]
-    return {"aggregation_error": aggregation_error(clients, [update.weight for update in updates])}
 
 
 def start(case: Case) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ parts = ft.allocate(
     Dirichlet(clients=5, alpha=0.3, min_rows=24),
     categories=[categories[row] for row in train],
     clients=[None] * len(train),
-    texts=lambda: [],
+    texts=list,
     seed=SEED,
 ).clients
 rows = {client: [train[row] for row in part] for client, part in parts.items()}
@@ -35,7 +35,10 @@ for number in range(ROUNDS):
     updates = []
     # 2. Scheduling: who takes part.
     cohort = ft.select(
-        SchedulingConfig(Uniform(fraction=0.6)), {client: len(own) for client, own in rows.items()}, round=number, seed=SEED
+        SchedulingConfig(Uniform(fraction=0.6)),
+        {client: len(own) for client, own in rows.items()},
+        round=number,
+        seed=SEED,
     )
     for client in cohort.asked:
         # 3. Local training.

@@ -4,8 +4,8 @@ Importing torch takes seconds, so one server process imports everything once and
 is ``flocktune ARGUMENTS`` in full: the same entry point, its own standard output and error, its own exit status.
 
 ``crash_at`` kills the child by SIGKILL before its n-th call of fsync, replace, unlink or truncate: every boundary
-between two writes to the disk is one of them. At an fsync, half of what the file gained since it was last on the disk is
-taken away first, as when the power goes. ``file_limit_bytes`` sets RLIMIT_FSIZE: writing beyond it fails for real.
+between two writes to the disk is one of them. At an fsync, half of what the file gained since it was last on the disk
+is taken away first, as when the power goes. ``file_limit_bytes`` sets RLIMIT_FSIZE: writing beyond it fails for real.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COUNTED = ("fsync", "replace", "unlink", "truncate")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit status (negative: the signal), what it printed, its disk calls when it counted them."""
+    """How a child ended: its exit status (negative: the signal), what it printed, its disk calls if it counted them."""
 
     code: int
     output: str
@@ -77,7 +77,8 @@ class ForkedRuns:
         return self.start(*arguments, **options).wait()
 
     def _ask(self, order: Any) -> int:
-        assert self.server.stdin and self.server.stdout
+        assert self.server.stdin
+        assert self.server.stdout
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
@@ -147,8 +148,9 @@ def warm_up() -> None:
     import pandas  # noqa: F401 - by pyarrow, when it reads a cached file's metadata
     import pyarrow.ipc  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401 - more than a second, by the first score
-    from tiny_models import save_tiny
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tiny_models import save_tiny
 
     with tempfile.TemporaryDirectory() as folder:
         save_tiny(Path(folder))

@@ -88,7 +88,9 @@ def two_steps(settings, changes) -> torch.Tensor:
     parameters = {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
     state = server_opt.init(settings, parameters)
     for change in changes:
-        parameters, state = server_opt.step(settings, parameters, {"w": torch.tensor(change, dtype=torch.float64)}, state)
+        parameters, state = server_opt.step(
+            settings, parameters, {"w": torch.tensor(change, dtype=torch.float64)}, state
+        )
     return parameters["w"]
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import World, write_rows
-from tiny_models import tiny_tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
+from conftest import World, write_rows
 from flocktune import api
 from flocktune.assemble import EVERYONE, allocate_clients, centralised_steps, federation, load_base
 from flocktune.config.load import load_recipe
@@ -20,6 +19,7 @@ from flocktune.estimate import estimate
 from flocktune.experiment import plan
 from flocktune.tensors import digest
 from flocktune.wire import encoded_size
+from tiny_models import tiny_tokenizer
 
 
 @pytest.fixture
@@ -90,6 +90,8 @@ def test_a_run_may_start_from_its_own_exported_adapter(config: RunConfig, tmp_pa
     assert digest(federation(onward).start) == summary["adapter_sha256"]
     with pytest.raises(UserError, match=r"lora\.start_from: expected an adapter of the recipe's rank"):
         federation(replace(onward, lora=replace(onward.lora, rank=3)))
+    with pytest.raises(UserError, match="scale 8 instead of 4"):
+        federation(replace(onward, lora=replace(onward.lora, alpha=8.0)))
 
 
 def test_the_estimate_is_what_a_run_has(config: RunConfig, tmp_path: Path) -> None:

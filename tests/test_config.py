@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flocktune.config.load import build_config, config_digest, differences, dump_recipe, load_recipe, parse_recipe, to_tree
+from flocktune.config.load import (
+    build_config,
+    config_digest,
+    differences,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    to_tree,
+)
 from flocktune.config.schema import Dirichlet, RoundRobin, RunConfig, ServerAdaptive
 from flocktune.errors import UserError
 
@@ -40,7 +48,9 @@ def test_scientific_notation_is_a_number(text: str) -> None:
 
 def test_overrides_reach_every_depth_and_change_kinds() -> None:
     text = "allocation: {kind: dirichlet, alpha: 0.3, clients: 4}\nlocal: {steps: 3}\n"
-    config = parse_recipe(text, ["rounds=7", "lora.targets=[q_proj, v_proj]", "allocation.kind=iid", "allocation.clients=3"])
+    config = parse_recipe(
+        text, ["rounds=7", "lora.targets=[q_proj, v_proj]", "allocation.kind=iid", "allocation.clients=3"]
+    )
     assert (config.rounds, config.lora.targets) == (7, ("q_proj", "v_proj"))
     assert (config.allocation.kind, config.allocation.clients) == ("iid", 3)
 
@@ -105,7 +115,10 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_resolved_recipe_reads_back_to_the_same_value() -> None:
-    config = parse_recipe("lora: {targets: [q_proj]}\ndata: {template: {with_context: '{context}{instruction}', without_context: '{instruction}'}}")
+    config = parse_recipe(
+        "lora: {targets: [q_proj]}\ndata: {template: {with_context: '{context}{instruction}', "
+        "without_context: '{instruction}'}}"
+    )
     assert parse_recipe(dump_recipe(config)) == config
     assert hash(config) == hash(parse_recipe(dump_recipe(config)))
 
@@ -120,13 +133,22 @@ def test_any_value_survives_the_round_trip(seed: int, rounds: int, lr: float, pa
 
 def test_the_digest_ignores_only_what_can_not_change_a_result() -> None:
     base = RunConfig()
-    same = parse_recipe("name: other\nruntime: {threads: 2}\ncheckpoint: {keep: 5}\ntrackers: [tensorboard]\ncompare: {base: true}")
+    same = parse_recipe(
+        "name: other\nruntime: {threads: 2}\ncheckpoint: {keep: 5}\ntrackers: [tensorboard]\ncompare: {base: true}"
+    )
     assert config_digest(base) == config_digest(same)
     for change in ("seed: 1", "rounds: 11", "local: {steps: 10, lr: 0.5}", "data: {max_tokens: 64}", "lora: {rank: 4}"):
         assert config_digest(base) != config_digest(parse_recipe(change)), change
 
 
 def test_differences_are_named_by_path() -> None:
-    old, new = to_tree(RunConfig()), to_tree(parse_recipe("name: x\nlocal: {steps: 10, lr: 0.5}\nallocation: {kind: natural}"))
-    assert differences(old, new) == ["allocation.clients: 10 -> absent", "allocation.kind: iid -> natural", "local.lr: 0.001 -> 0.5"]
+    old, new = (
+        to_tree(RunConfig()),
+        to_tree(parse_recipe("name: x\nlocal: {steps: 10, lr: 0.5}\nallocation: {kind: natural}")),
+    )
+    assert differences(old, new) == [
+        "allocation.clients: 10 -> absent",
+        "allocation.kind: iid -> natural",
+        "local.lr: 0.001 -> 0.5",
+    ]
     assert differences(old, old) == []

@@ -19,6 +19,7 @@ from flocktune.tensors import add_scaled, digest, group, mismatches, norm, prefi
 from flocktune.types import ClientTask, Mean, Update, merge_metrics
 from flocktune.wire import decode_task, decode_update, encode_task, encode_update, encoded_size
 
+OURS = {"format": "flocktune/1", "kind": "update"}
 TENSORS = {"layer.0.lora_A": torch.randn(3, 5), "layer.0.lora_B": torch.randn(4, 3), "scalar": torch.tensor(2.0)}
 
 
@@ -106,7 +107,9 @@ def test_named_tensor_maths() -> None:
 def test_digest_sees_names_shapes_dtypes_and_values_but_not_order() -> None:
     first = {"a": torch.arange(4.0), "b": torch.ones(2)}
     assert digest(first) == digest(dict(reversed(first.items())))
-    assert digest(first) == digest({"a": torch.arange(4.0).reshape(2, 2).t().contiguous().t().reshape(4), "b": first["b"]})
+    assert digest(first) == digest(
+        {"a": torch.arange(4.0).reshape(2, 2).t().contiguous().t().reshape(4), "b": first["b"]}
+    )
     for other in (
         {"a": torch.arange(4.0), "c": torch.ones(2)},
         {"a": torch.arange(4.0).reshape(2, 2), "b": torch.ones(2)},
@@ -125,14 +128,22 @@ def test_mismatches_name_every_problem() -> None:
     found = "\n".join(mismatches(TENSORS, got))
     for words in ("lora_A: NaN", "lora_B: expected shape (4, 3), got (4, 2)", "more: not expected", "scalar: missing"):
         assert words in found
-    assert mismatches({"x": torch.ones(1)}, {"x": torch.ones(1).half()}) == ["x: expected torch.float32, got torch.float16"]
+    assert mismatches({"x": torch.ones(1)}, {"x": torch.ones(1).half()}) == [
+        "x: expected torch.float32, got torch.float16"
+    ]
     assert mismatches(TENSORS, TENSORS) == []
 
 
 def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
     task = ClientTask(3, "hospital-ä", "fedavg", TENSORS, 2**62 + 1, "abc")
     back = decode_task(encode_task(task))
-    assert (back.round, back.client, back.kind, back.seed, back.config_digest) == (3, "hospital-ä", "fedavg", 2**62 + 1, "abc")
+    assert (back.round, back.client, back.kind, back.seed, back.config_digest) == (
+        3,
+        "hospital-ä",
+        "fedavg",
+        2**62 + 1,
+        "abc",
+    )
     assert digest(back.tensors) == digest(TENSORS)
     update = Update({**TENSORS, "half": torch.randn(3).bfloat16()}, 17.0, 2, {"loss": Mean(0.1, 3)})
     got = decode_update(encode_update(update))
@@ -157,9 +168,9 @@ def test_the_size_of_a_message_is_known_without_building_it(shapes: dict[str, li
         save({"x": torch.ones(2)}),
         save({"x": torch.ones(2)}, metadata={"format": "flocktune/1", "kind": "task", "fields": "{}"}),
         save({"x": torch.ones(2)}, metadata={"format": "flocktune/0", "kind": "update", "fields": "{}"}),
-        save({"x": torch.ones(2)}, metadata={"format": "flocktune/1", "kind": "update", "fields": "[]"}),
-        save({"x": torch.ones(2)}, metadata={"format": "flocktune/1", "kind": "update", "fields": '{"metrics": 3}'}),
-        save({"x": torch.ones(2)}, metadata={"format": "flocktune/1", "kind": "update", "fields": '{"metrics": {}, "evil": 1}'}),
+        save({"x": torch.ones(2)}, metadata={**OURS, "fields": "[]"}),
+        save({"x": torch.ones(2)}, metadata={**OURS, "fields": '{"metrics": 3}'}),
+        save({"x": torch.ones(2)}, metadata={**OURS, "fields": '{"metrics": {}, "evil": 1}'}),
         encode_update(Update(TENSORS, 1.0))[:-3],
     ],
 )  # fmt: skip
@@ -181,7 +192,9 @@ def test_damaged_messages_never_raise_anything_else(noise: bytes, place: int) ->
 
 
 def test_importing_the_package_is_cheap() -> None:
-    script = "import sys, flocktune; print(json.dumps([m for m in ('torch', 'transformers', 'yaml') if m in sys.modules]))"
+    script = (
+        "import sys, flocktune; print(json.dumps([m for m in ('torch', 'transformers', 'yaml') if m in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", "import json\n" + script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 

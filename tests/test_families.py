@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import dolly_rows, write_rows
-from tiny_models import save_tiny
 
+from conftest import dolly_rows, write_rows
 from flocktune import api
 from flocktune.config.load import load_recipe
 from flocktune.report.events import read_events
+from tiny_models import save_tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -61,7 +61,7 @@ def test_the_dolly_recipe_runs_on_any_family(family: str, batching: str, dtype: 
 
 def test_no_code_names_a_model_family() -> None:
     names = re.compile(r"\b(llama|qwen|gpt2|gpt_2|gemma|mistral|phi3)\b", re.IGNORECASE)
-    code = [path for path in (ROOT / "src/flocktune").rglob("*.py")]
+    code = list((ROOT / "src/flocktune").rglob("*.py"))
     assert code
     for path in code:
         text = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.DOTALL)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_model
 
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.fedavg import ClientData
@@ -19,6 +18,7 @@ from flocktune.models.lora import Adapter, attach
 from flocktune.scheduling import Cohort
 from flocktune.seeds import derive_seed
 from flocktune.types import ClientTask
+from tiny_models import tiny_model
 
 SEED, ROUNDS = 5, 2
 ROWS = {"a": [0, 1, 2], "b": [3, 4, 5, 6, 7], "c": [8, 9]}
@@ -42,7 +42,9 @@ def batches(client: str, seed: int, local: LocalConfig):
     )  # fmt: skip
 
 
-def federate(local: LocalConfig, weights: str = "examples", clients: tuple[str, ...] = ("a", "b", "c")) -> dict[str, torch.Tensor]:
+def federate(
+    local: LocalConfig, weights: str = "examples", clients: tuple[str, ...] = ("a", "b", "c")
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     adapter = attach(tiny_model("llama"), LORA, seed=SEED)
 
@@ -79,7 +81,9 @@ def textbook(weights: dict[str, float], mu: float = 0.0) -> dict[str, torch.Tens
                 targets = labels[1:].view(batch.input_ids.shape)
                 logits = model(input_ids=batch.input_ids).logits
                 loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-                loss = loss + mu / 2 * sum((value - everyone[name]).square().sum() for name, value in parameters.items())
+                loss = loss + mu / 2 * sum(
+                    (value - everyone[name]).square().sum() for name, value in parameters.items()
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
@@ -95,7 +99,9 @@ def textbook(weights: dict[str, float], mu: float = 0.0) -> dict[str, torch.Tens
 def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            left[name], right[name], atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,11 @@ def test_a_task_alone_decides_its_update() -> None:
     """The half keeps nothing between calls, so a task may run again, or elsewhere, to the same bits."""
     adapter = attach(tiny_model("llama"), LORA, seed=SEED)
     half = fedavg.client_half(
-        adapter, lambda client: ClientData(3, 9, lambda seed, steps, epochs: batches(client, seed, LOCAL)), LOCAL, "equal", rounds=2
+        adapter,
+        lambda client: ClientData(3, 9, lambda seed, steps, epochs: batches(client, seed, LOCAL)),
+        LOCAL,
+        "equal",
+        rounds=2,
     )
     task = ClientTask(0, "a", "fedavg", adapter.tensors(), 1, "")
     first, _ = half(task, {})

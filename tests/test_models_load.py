@@ -199,7 +199,9 @@ def test_bytes_of_a_base_by_dtype_and_quantisation(folder: Path) -> None:
     size = {
         key: describe(config(folder, **key_changes)).base_bytes
         for key, key_changes in {
-            "float32": {}, "bfloat16": {"dtype": "bfloat16"}, "4bit": {"dtype": "bfloat16", "quantization": "4bit"},
+            "float32": {},
+            "bfloat16": {"dtype": "bfloat16"},
+            "4bit": {"dtype": "bfloat16", "quantization": "4bit"},
         }.items()
     }
     assert size == {"float32": 4 * total, "bfloat16": 2 * total, "4bit": 2 * (total - packed) + packed // 2}

@@ -89,7 +89,9 @@ def test_names_are_canonical_and_in_module_order() -> None:
     adapter = attach(tiny_model("llama"), LoraConfig(targets=("v_proj", "q_proj")), seed=0)
     assert list(adapter.parameters) == [
         f"model.layers.{layer}.self_attn.{module}.lora_{factor}"
-        for layer in (0, 1) for module in ("q_proj", "v_proj") for factor in "AB"
+        for layer in (0, 1)
+        for module in ("q_proj", "v_proj")
+        for factor in "AB"
     ]
 
 

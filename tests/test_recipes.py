@@ -57,7 +57,9 @@ def test_init_writes_it_under_the_name_of_the_file_and_never_over_another(tmp_pa
 
 
 def test_the_four_parts_example_runs() -> None:
-    done = subprocess.run([sys.executable, ROOT / "examples/four_parts.py"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/four_parts.py"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line.rpartition("loss ")[2]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(losses) == 2

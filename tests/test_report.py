@@ -332,7 +332,7 @@ def test_plain_lines_one_a_round(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
     assert lines[-1].endswith("0.00 s left")
     assert "\x1b" not in said
-    assert "evaluated after round 4 on test: correct " in said
+    assert "test after round 4: correct " in said
 
 
 def test_the_panel_counts_clients_bytes_and_time_left(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_the_panel_counts_clients_bytes_and_time_left(tmp_path: Path) -> None:
         "try [bold] · FedIT",
         "2/5",
         "3/4 client-9",
-        "loss 1.2500",
+        "loss 1.250",
         "300 tokens/s",
         "up 2 MB",
         "down 4 MB",

@@ -126,9 +126,7 @@ def test_killed_at_random_instants_a_run_goes_on_to_the_same_bits(
     pytest.fail(f"only {hits} of 300 kills met a run that was still going")
 
 
-def test_the_real_command_survives_kill_9(
-    world: World, unbroken: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_real_command_survives_kill_9(world: World, unbroken: dict[str, Path], tmp_path: Path) -> None:
     folder, draw = tmp_path / "run", random.Random(7)
     command = [sys.executable, "-m", "flocktune"]
     start = ["run", str(world.recipe), *VARIANTS["adam"], "--out", str(folder)]
@@ -158,7 +156,7 @@ def test_half_a_start_can_be_started_again(cli: Cli, world: World, tmp_path: Pat
 
 # --- stopped ---------------------------------------------------------------------------------------
 
-LONGER = ("rounds=5", "local.steps=12", "evaluation.generate=false", "evaluation.every=0")
+LONGER = ("rounds=5", "local.steps=24", "evaluation.generate=false", "evaluation.every=0")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +318,15 @@ def test_a_change_on_resume_is_refused_and_named(
 ) -> None:
     """In a comparison too, between two of its runs: its table must not mix two experiments."""
     folder = tmp_path / "run"
-    said = cli("run", own_world.recipe, "rounds=2", "evaluation.every=0", f"compare.base={str(several).lower()}", "--out", folder)
+    said = cli(
+        "run",
+        own_world.recipe,
+        "rounds=2",
+        "evaluation.every=0",
+        f"compare.base={str(several).lower()}",
+        "--out",
+        folder,
+    )
     assert said.code == 0, said.all
     if several:
         shutil.rmtree(folder / "fedit")

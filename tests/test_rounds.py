@@ -40,7 +40,9 @@ def everyone(round: int) -> Cohort:
     return Cohort(tuple(TARGETS), 3, 2)
 
 
-def run(rounds: int = 4, half=pull, server=None, state: State | None = None, engine=None, schedule=everyone, **more) -> State:
+def run(
+    rounds: int = 4, half=pull, server=None, state: State | None = None, engine=None, schedule=everyone, **more
+) -> State:
     server = server or fedavg.server_half(AggregationConfig())
     state = server.init(START) if state is None else state
     return run_rounds(server, engine or InProcess(half), schedule, state, rounds=rounds, kind="toy", seed=7, **more)
@@ -69,7 +71,9 @@ def test_fedopt_with_sgd_and_rate_one_is_fedavg() -> None:
     assert digest(plain) != digest(run(server=fedavg.server_half(AggregationConfig(server_optimizer=ServerSgd(0.5)))))
 
 
-@pytest.mark.parametrize("optimizer", [ServerSgd(), ServerSgd(momentum=0.9), ServerAdaptive("adam"), ServerAdaptive("yogi")])
+@pytest.mark.parametrize(
+    "optimizer", [ServerSgd(), ServerSgd(momentum=0.9), ServerAdaptive("adam"), ServerAdaptive("yogi")]
+)
 @pytest.mark.parametrize("cut", [1, 3])
 def test_stopping_and_going_on_changes_no_bit(tmp_path, optimizer, cut: int) -> None:
     server = fedavg.server_half(AggregationConfig(server_optimizer=optimizer))
@@ -160,7 +164,9 @@ def test_below_the_quorum_the_round_fails_and_names_every_reason() -> None:
             raise ValueError(f"{task.client} is tired")
         return pull(task, memory)
 
-    with pytest.raises(RoundFailed, match=r"(?s)round 1: expected updates of at least 2 clients, got 1.*a is tired.*b is tired"):
+    with pytest.raises(
+        RoundFailed, match=r"(?s)round 1: expected updates of at least 2 clients, got 1.*a is tired.*b is tired"
+    ):
         run(half=half, hooks=Hooks(on_round=lambda record, _: seen.append(record)))
     assert [record.round for record in seen] == [0], "a failed round reaches no checkpoint"
 
@@ -180,7 +186,12 @@ def test_over_selection_uses_the_first_usable_updates() -> None:
         return pull(task, memory)
 
     records: list[RoundRecord] = []
-    run(1, half=half, schedule=lambda n: Cohort(("a", "b", "c"), 1, 1), hooks=Hooks(on_round=lambda r, _: records.append(r)))
+    run(
+        1,
+        half=half,
+        schedule=lambda n: Cohort(("a", "b", "c"), 1, 1),
+        hooks=Hooks(on_round=lambda r, _: records.append(r)),
+    )
     assert asked == ["a", "b"], "nobody is asked once there is enough"
     assert list(records[0].clients) == ["b"]
     assert records[0].bytes_down == 2 * records[0].bytes_up

@@ -15,7 +15,8 @@ SIZES = {f"client-{number:02d}": number for number in range(1, 11)}
 
 
 @pytest.mark.parametrize(
-    ("fraction", "clients", "expected"), [(0.29, 100, 29), (0.1, 10, 1), (0.05, 10, 1), (0.25, 10, 3), (0.01, 5, 1), (1.0, 7, 7)]
+    ("fraction", "clients", "expected"),
+    [(0.29, 100, 29), (0.1, 10, 1), (0.05, 10, 1), (0.25, 10, 3), (0.01, 5, 1), (1.0, 7, 7)],
 )
 def test_the_cohort_is_rounded_half_up_and_never_empty(fraction: float, clients: int, expected: int) -> None:
     assert cohort_size(fraction, clients) == expected
@@ -36,7 +37,9 @@ def test_choices_are_distinct_known_and_repeatable(selection, round: int, seed: 
 
 
 def test_rounds_and_seeds_choose_differently() -> None:
-    chosen = {select(SchedulingConfig(Uniform(0.3)), SIZES, round=r, seed=s).asked for r in range(10) for s in range(10)}
+    chosen = {
+        select(SchedulingConfig(Uniform(0.3)), SIZES, round=r, seed=s).asked for r in range(10) for s in range(10)
+    }
     assert len(chosen) > 50
 
 
@@ -46,13 +49,17 @@ def test_over_selection_asks_more_but_wants_no_more() -> None:
 
 
 def test_uniform_takes_everyone_equally_often() -> None:
-    counts = Counter(c for r in range(2000) for c in select(SchedulingConfig(Uniform(0.3)), SIZES, round=r, seed=1).asked)
+    counts = Counter(
+        c for r in range(2000) for c in select(SchedulingConfig(Uniform(0.3)), SIZES, round=r, seed=1).asked
+    )
     assert all(abs(counts[name] / 2000 - 0.3) < 0.05 for name in SIZES)
 
 
 def test_by_size_prefers_large_clients_and_skips_empty_ones() -> None:
     sizes = {"none": 0, "small": 10, "large": 90}
-    counts = Counter(c for r in range(2000) for c in select(SchedulingConfig(BySize(0.34)), sizes, round=r, seed=1).asked)
+    counts = Counter(
+        c for r in range(2000) for c in select(SchedulingConfig(BySize(0.34)), sizes, round=r, seed=1).asked
+    )
     assert counts["none"] == 0
     assert abs(counts["large"] / 2000 - 0.9) < 0.03
 

@@ -40,9 +40,7 @@ def rows(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
         return int(torch.randint(low, high, (1,), generator=generator))
 
     lengths = [draw(4, 13) for _ in range(count)]
-    return [
-        (torch.randint(3, 259, (length,), generator=generator).tolist(), draw(1, length)) for length in lengths
-    ]
+    return [(torch.randint(3, 259, (length,), generator=generator).tolist(), draw(1, length)) for length in lengths]
 
 
 def batch_of(chosen: Sequence[tuple[list[int], int]], *, packed: bool = False) -> Any:
@@ -230,7 +228,8 @@ def test_steps_bound_an_endless_stream_and_metrics_add_up() -> None:
     metrics = train(tuned(), endless(), replace(LOCAL, epochs=None, steps=3, accumulate=2))
     assert len(taken) == 6
     assert {name: (mean.total, mean.count) for name, mean in metrics.items() if name != "loss"} == {
-        "tokens": (6 * batch.tokens, 1), "steps": (3, 1),
+        "tokens": (6 * batch.tokens, 1),
+        "steps": (3, 1),
     }
     assert metrics["loss"].count == 6 * len(batch.targets)
 
@@ -346,7 +345,9 @@ def test_schedule_values() -> None:
 
 @given(
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
-    warmup=st.integers(0, 5), step=st.integers(0, 50), total=st.integers(1, 20),
+    warmup=st.integers(0, 5),
+    step=st.integers(0, 50),
+    total=st.integers(1, 20),
 )
 def test_rates_stay_within_zero_and_lr(schedule: Any, warmup: int, step: int, total: int) -> None:
     rate = learning_rate(replace(LOCAL, schedule=schedule, warmup_steps=warmup), step, total)

@@ -112,8 +112,12 @@ def peft_twin(family: str, lora: LoraConfig, tensors: dict[str, torch.Tensor]) -
     import peft
 
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
-        target_modules=modules, task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it corrects fan_in_fan_out for Conv1D, and says so

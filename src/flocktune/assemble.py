@@ -28,9 +28,10 @@ from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.data.sources import read_examples
 from flocktune.errors import Problem, UserError
+from flocktune.evaluation.generate import prompt_room
 from flocktune.interfaces import ClientHalf, ServerHalf
 from flocktune.models.load import load_model, load_tokenizer, model_digest, pad_id, pick_device
-from flocktune.models.lora import Adapter, attach
+from flocktune.models.lora import Adapter, attach, scale
 from flocktune.models.peft_io import import_peft
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
@@ -186,8 +187,10 @@ def federation(config: RunConfig) -> Federation:
     if config.method == "centralised":
         local = replace(local, steps=centralised_steps(config, data.clients), epochs=None)
         data = replace(data, clients={EVERYONE: np.sort(np.concatenate(list(data.clients.values())))})
+    if config.data.batching == "packed":
+        refuse_leaks(base)
     rounds = 0 if config.method == "base" else config.rounds
-    check_context(data, getattr(base.model.config.get_text_config(), "max_position_embeddings", None))
+    check_context(config, data, base.model)
     return Federation(
         config,
         base,
@@ -226,8 +229,9 @@ def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[n
     return schedule
 
 
-def check_context(data: ClientRows, positions: int | None) -> None:
-    """Raise UserError when a row has more tokens than the model has positions."""
+def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
+    """Raise UserError when a row, or an answer with its prompt, has more tokens than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in (data.train, data.test))
     if positions is not None and longest > positions:
         raise UserError(
@@ -238,6 +242,8 @@ def check_context(data: ClientRows, positions: int | None) -> None:
                 f"Set data.max_tokens to {positions} or less.",
             )
         )
+    if config.evaluation.generate and data.test.examples:
+        prompt_room(model, config.evaluation.max_new_tokens)
 
 
 def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> int:
@@ -248,27 +254,48 @@ def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | N
     return max(1, round(float(mean) * cohort))
 
 
+def refuse_leaks(base: Base) -> None:
+    """Raise UserError when packed rows of this model see each other: it would learn from the wrong text."""
+
+    @torch.no_grad()
+    def logits(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        placed = {"input_ids": input_ids.to(base.device), "position_ids": position_ids.to(base.device)}
+        return base.model(**placed, use_cache=False).logits
+
+    if packing_leak(logits, base.model.config.get_text_config().vocab_size) > 1e-3:
+        raise UserError(
+            Problem(
+                "data.batching",
+                "padded, for this model",
+                "packed, but packed rows see each other in it",
+                "It does not tell rows apart by restarting position ids. Set data.batching: padded.",
+            )
+        )
+
+
 def starting_adapter(config: RunConfig, adapter: Adapter) -> Tensors:
     """The adapter before round 1: drawn from the seed, or ``lora.start_from``. Raises UserError."""
     adapter.reset(config.seed)
     fresh = adapter.tensors()
     if config.lora.start_from is None:
         return fresh
-    return given_adapter(config.lora.start_from, fresh)
+    return given_adapter(config.lora, fresh)
 
 
-def given_adapter(folder: str, expected: Tensors) -> Tensors:
-    """The adapter to start from, of ``expected`` names and shapes. Raises UserError when it does not fit."""
-    given, _ = import_peft(Path(folder))
+def given_adapter(lora: LoraConfig, expected: Tensors) -> Tensors:
+    """The adapter of ``lora.start_from``, of ``expected`` names and shapes. Raises UserError when it does not fit."""
+    given, theirs = import_peft(Path(lora.start_from or ""))
     problems = mismatches(expected, given)
+    if scale(theirs) != scale(lora):  # its shapes would fit, and yet it would act more, or less, than it was trained to
+        problems.append(f"scale {scale(theirs):g} instead of {scale(lora):g} (lora.alpha, lora.rank, lora.rslora)")
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise UserError(
             Problem(
                 "lora.start_from",
-                "an adapter of the recipe's rank and targets",
+                "an adapter of the recipe's rank, alpha and targets",
                 shown,
-                "Set lora.rank and lora.targets to those of the adapter.",
+                "Set lora to what the adapter was trained with.",
             )
         )
     return given

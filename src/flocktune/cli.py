@@ -299,7 +299,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     with _polite_errors():
-        app()
+        app(prog_name="flocktune")
 
 
 if __name__ == "__main__":

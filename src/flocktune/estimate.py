@@ -16,6 +16,7 @@ from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.models.load import describe, load_skeleton, pick_device
 from flocktune.models.lora import shapes
 from flocktune.report.tables import format_bytes
+from flocktune.report.trackers import refuse_missing
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ def estimate(config: RunConfig) -> Estimate:
     skeleton = attempt(lambda: load_skeleton(config.model))
     factors = attempt(lambda: shapes(skeleton, config.lora)) if skeleton is not None else None
     attempt(lambda: pick_device(config.runtime.device))
+    attempt(lambda: refuse_missing(config))
     data = attempt(lambda: allocate_clients(config))
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
     base = describe(config.model, skeleton) if skeleton is not None else None
-    if base is not None and data is not None:
-        attempt(lambda: check_context(data, base.positions))
+    if skeleton is not None and data is not None:
+        attempt(lambda: check_context(config, data, skeleton))
     if config.lora.start_from is not None and factors is not None:
         expected = {name: torch.empty(shape, device="meta") for name, shape in factors.items()}
-        attempt(lambda: given_adapter(config.lora.start_from, expected))
+        attempt(lambda: given_adapter(config.lora, expected))
     if problems:
         raise UserError(*dict.fromkeys(problems))
     if base is None or factors is None or data is None or schedule is None:
@@ -91,8 +93,8 @@ def estimate(config: RunConfig) -> Estimate:
 def _training_bytes(config: RunConfig, trainable: int, layers: int, width: int, vocabulary: int) -> int:
     """Factors, gradients and two AdamW moments (float32); activations of one micro-batch at full length.
 
-    A decoder layer keeps about 24 values of its width for a token (attention and MLP, measured on Llama shapes), one
-    when recomputing; the head keeps logits and their gradient where there are labels, here taken as half the tokens.
+    A decoder layer of Llama's shape keeps 19 (float32) to 21 (bfloat16) values of its width for a token, counted as
+    saved tensors; 24 leaves room. One is kept when recomputing. Logits and their gradient: for half the tokens.
     """
     tokens = config.local.batch_size * config.data.max_tokens
     value_bytes = 2 if config.model.dtype == "bfloat16" else 4

@@ -23,6 +23,7 @@ from flocktune.config.schema import Named, RunConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.report.summaries import combine_seeds
+from flocktune.report.trackers import refuse_missing
 from flocktune.runs import EXPERIMENT, Listener, create_run, execute, is_finished, refuse_changes, remove_strays
 from flocktune.seeds import derive_seed
 
@@ -38,6 +39,7 @@ def start(config: RunConfig, folder: Path, seeds: Sequence[int]) -> None:
 
     Raises UserError before a folder is made, so that a mended recipe can take the same one.
     """
+    refuse_missing(config)
     federation(config)
     plan(config, list(allocate_clients(config).clients))
     create_run(config, folder, seeds if is_experiment(config, seeds) else ())

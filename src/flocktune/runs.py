@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 
-from flocktune.aggregation.lora import aggregation_error
 from flocktune.algorithms import fedavg
 from flocktune.assemble import Federation, federation
 from flocktune.config.load import config_digest, differences, dump_recipe, load_recipe
@@ -30,11 +29,10 @@ from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
-from flocktune.models.lora import pairs
 from flocktune.models.peft_io import export_peft
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.tensors import add_scaled, digest
-from flocktune.types import Tensors, Update
+from flocktune.tensors import digest
+from flocktune.types import Tensors
 
 HELD_OUT = "held_out"
 """The name, in metrics, of the rows that no client trains on."""
@@ -125,9 +123,7 @@ def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         if saved[key] != mine[key]
     ]
     UserError.raise_all(
-        Problem(
-            str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run."
-        )
+        Problem(str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run.")
         for line in changed
     )
 
@@ -185,7 +181,7 @@ class _Run:
                 on_reply=self._on_reply,
                 on_round=self._on_round,
                 should_stop=stop.is_set,
-                diagnose=_diagnose,
+                diagnose=fedavg.diagnose,
                 diagnose_clients=config.aggregation.diagnose_clients,
             ),
         )
@@ -310,6 +306,7 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         "data": data_s,
         "forward_backward": record.seconds["train"] - data_s,
         "aggregate": record.seconds["aggregate"],
+        "diagnose": record.seconds["diagnose"],
         **more_seconds,
     }
     clients = {
@@ -341,9 +338,3 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
 def _forget_evaluation(path: Path, rounds_done: int) -> None:
     kept = [event for event in read_events(path) if (event["event"], event.get("round")) != ("evaluation", rounds_done)]
     write_atomic(path, "".join(json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept))
-
-
-def _diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
-    """The aggregation error of methods that average LoRA factors apart."""
-    clients = [pairs(add_scaled(message, update.delta)) for update in updates]
-    return {"aggregation_error": aggregation_error(clients, [update.weight for update in updates])}

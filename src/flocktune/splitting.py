@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from flocktune.config.schema import RunConfig
 from flocktune.data.examples import Example
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import allocate, hold_out
-from flocktune.data.sources import read_examples
+from flocktune.data.sources import SPLIT_FILE, read_examples
 from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic, write_json
 from flocktune.report.html import write_holdings
@@ -45,7 +46,7 @@ def write_split(config: RunConfig, folder: Path) -> Table:
                 Problem(str(parts), "a new or empty folder", "one with files in it", "Choose another: --to")
             )
         for client, rows in partition.clients.items():
-            _write_rows(parts / f"{client}.jsonl", [examples[kept[row]] for row in rows])
+            _write_rows(parts / f"{file_stem(client)}.jsonl", [examples[kept[row]] for row in rows], client)
         _write_rows(folder / TEST_FILE, [examples[row] for row in held])
         measured = heterogeneity(partition.clients, categories)
         counts = category_counts(partition.clients, categories)
@@ -56,7 +57,8 @@ def write_split(config: RunConfig, folder: Path) -> Table:
         write_holdings(folder / "who-holds-what.html", counts, asdict(measured))
     except OSError as error:
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
-    table = Table(title=f"{len(counts)} clients in {parts}, {len(held)} rows held out", title_justify="left")
+    title = f"{len(counts)} clients in {parts}, {len(held)} rows held out"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("client", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("categories, most first")
@@ -66,8 +68,18 @@ def write_split(config: RunConfig, folder: Path) -> Table:
     return table
 
 
-def _write_rows(path: Path, examples: Sequence[Example]) -> None:
-    lines = (json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
+def file_stem(client: str) -> str:
+    """A file's name for a client: its own, unless that would lead elsewhere or be read as a split's (train, test).
+
+    Different clients get different names.
+    """
+    name = client.replace("%", "%25").replace("/", "%2F")
+    return f"%{name}" if SPLIT_FILE.fullmatch(name) else name
+
+
+def _write_rows(path: Path, examples: Sequence[Example], client: str | None = None) -> None:
+    owner = {} if client in (None, path.stem) else {"client": client}
+    lines = (json.dumps({**_row(example), **owner}, ensure_ascii=False) + "\n" for example in examples)
     write_atomic(path, "".join(lines))
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flocktune.aggregation import server_opt
+from flocktune.aggregation.lora import aggregation_error
 from flocktune.config.schema import AggregationConfig, LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
-from flocktune.models.lora import Adapter
+from flocktune.models.lora import Adapter, pairs
 from flocktune.seeds import derive_seed
-from flocktune.tensors import group, prefixed, subtract
+from flocktune.tensors import add_scaled, group, prefixed, subtract
 from flocktune.training import fit, proximal_penalty
 from flocktune.types import ClientTask, Mean, Tensors, Update
 
@@ -116,6 +117,12 @@ class TimedBatches:
             return next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+
+
+def diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
+    """``aggregation_error``: what averaging A and B apart costs in this round, relative to the ideal change."""
+    factors = [pairs(add_scaled(message, update.delta)) for update in updates]
+    return {"aggregation_error": aggregation_error(factors, [update.weight for update in updates])}
 
 
 def steps_per_round(local: LocalConfig, examples: int) -> int:

@@ -144,6 +144,8 @@ def _explain(errors: Sequence[Any]) -> list[Problem]:
                 problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
             case "union_tag_invalid":
                 problem = Problem(f"{where}.kind", f"one of {context['expected_tags']}", repr(context["tag"]))
+            case "string_pattern_mismatch":
+                problem = Problem(where, f"a text like {context['pattern']}", got)
             case "missing" | "missing_argument":
                 problem = Problem(where, "a value", "nothing")
             case _:

@@ -191,7 +191,7 @@ class RoundRobin:
 
 @dataclass(frozen=True)
 class Availability:
-    """Uniform among the clients that ``trace`` says are there: a JSON file, client -> list of 0/1 by round (repeating)."""
+    """Uniform among the clients that are there: ``trace`` is a JSON file, client -> list of 0/1 by round, repeating."""
 
     trace: str
     fraction: Fraction = 0.5
@@ -322,7 +322,11 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``keep``: how many of the newest states are kept. ``keep_adapters_every``: rounds between adapters kept for good, 0 is never."""
+    """What is kept of a run.
+
+    ``keep``: how many of the newest states. ``keep_adapters_every``: rounds between adapters that are kept for good,
+    0 is never.
+    """
 
     keep: Annotated[int, Field(ge=2)] = 2
     keep_adapters_every: Count = 0

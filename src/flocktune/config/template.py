@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import yaml
 
 from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic
@@ -20,6 +23,14 @@ def write_template(path: Path, method: str) -> None:
         raise UserError(Problem(str(path), "a path that is free", "a file", "Choose another name, or remove it."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, source.read_text(encoding="utf-8").replace("name: my-run ", f"name: {path.stem:<6} ", 1))
+        write_atomic(
+            path, source.read_text(encoding="utf-8").replace("name: my-run ", f"name: {_name(path.stem):<6} ", 1)
+        )
     except OSError as error:
         raise UserError(Problem(str(path), "a path that can be written", str(error))) from None
+
+
+def _name(stem: str) -> str:
+    """A run's name from a file's, quoted where YAML would read a number or a truth value."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-") or "my-run"
+    return name if name[0].isalpha() and isinstance(yaml.safe_load(name), str) else f'"{name}"'

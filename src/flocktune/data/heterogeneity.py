@@ -32,7 +32,9 @@ class Heterogeneity:
     distance: float
 
 
-def category_counts(parts: Mapping[str, Sequence[int] | NDArray[np.int64]], categories: Sequence[str]) -> dict[str, dict[str, int]]:
+def category_counts(
+    parts: Mapping[str, Sequence[int] | NDArray[np.int64]], categories: Sequence[str]
+) -> dict[str, dict[str, int]]:
     """client -> category -> rows, every category for every client, both in sorted order of categories."""
     names = sorted({categories[row] for rows in parts.values() for row in rows})
     counts = {client: Counter(categories[row] for row in rows) for client, rows in parts.items()}

@@ -27,7 +27,8 @@ Rows: TypeAlias = "Iterator[tuple[str, Mapping[str, Any] | Problem]]"
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.\[\]:%-]+)?")
-_SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.].*)?")
+SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.].*)?")
+"""How a file is called, without suffix, that holds a split and not a client's rows."""
 
 
 def read_examples(source: str, columns: Columns, *, max_rows: int | None = None) -> list[Example]:
@@ -196,7 +197,7 @@ def _files_of_folder(path: Path, split: str | None) -> list[tuple[Path, str | No
     """(file, client) of a folder: the files of one split, or every file as one client."""
     candidates = [path, path / "data"] if (path / "data").is_dir() else [path]
     files = [file for folder in candidates for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
-    splits = {file: match[1] for file in files if (match := _SPLIT_FILE.fullmatch(file.stem))}
+    splits = {file: match[1] for file in files if (match := SPLIT_FILE.fullmatch(file.stem))}
     if not files:
         raise UserError(Problem(str(path), f"a folder with files that end in {', '.join(SUFFIXES)}", "none"))
     if splits and len(splits) < len(files):

@@ -49,7 +49,10 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told what, while it happens. ``diagnose(message, updates)`` sees the first ``diagnose_clients`` of a round."""
+    """Who is told what, while it happens.
+
+    ``diagnose(message, updates)`` sees the first ``diagnose_clients`` updates of a round.
+    """
 
     on_reply: Callable[[int, int, str], None] = lambda done, total, client: None
     on_round: Callable[[RoundRecord, State], None] = lambda record, state: None
@@ -96,6 +99,8 @@ def run_rounds(
         if combined is None or len(intake.clients) < cohort.quorum:
             raise RoundFailed(number, max(1, cohort.quorum), len(intake.clients), intake.failures)
         state = server.step(state, combined)
+        combined_at = time.perf_counter()
+        diagnostics = hooks.diagnose(message, intake.kept) if intake.kept else {}
         record = RoundRecord(
             round=number,
             selected=cohort.asked,
@@ -105,8 +110,12 @@ def run_rounds(
             update_norm=norm(combined.delta),
             bytes_down=intake.asked * encoded_size(message),
             bytes_up=intake.bytes_up,
-            seconds={"train": intake.waiting_s, "aggregate": time.perf_counter() - started - intake.waiting_s},
-            diagnostics=hooks.diagnose(message, intake.kept) if intake.kept else {},
+            seconds={
+                "train": intake.waiting_s,
+                "aggregate": combined_at - started - intake.waiting_s,
+                "diagnose": time.perf_counter() - combined_at,
+            },
+            diagnostics=diagnostics,
         )
         hooks.on_round(record, state)
     return state

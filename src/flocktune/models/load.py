@@ -34,7 +34,13 @@ from flocktune.models.recompute import checkpoint_layers
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
 )
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What the libraries raise when files are missing, damaged, or do not belong together."""
@@ -64,8 +70,11 @@ def pick_device(name: str) -> torch.device:
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = present.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise UserError(Problem("runtime.device", "a device that is here", f"{name!r} (of its kind here: {count})",
-                                "Use auto or cpu."))
+        raise UserError(
+            Problem(
+                "runtime.device", "a device that is here", f"{name!r} (of its kind here: {count})", "Use auto or cpu."
+            )
+        )
     return device
 
 
@@ -80,8 +89,14 @@ def resolve_model(path: str) -> str | Path:
         return folder
     if path != EMBEDDED and HUB_ID.fullmatch(path):
         return path
-    raise UserError(Problem("model.path", "a model folder or a hub id owner/name", f"{str(folder)!r}, which is neither",
-                            "Check the path."))
+    raise UserError(
+        Problem(
+            "model.path",
+            "a model folder or a hub id owner/name",
+            f"{str(folder)!r}, which is neither",
+            "Check the path.",
+        )
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -94,8 +109,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills rows up: the pad token, else the end token. It is never trained on nor attended to."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if found is None:
-        raise UserError(Problem("model.path", "a tokenizer with a pad or an end token", "neither",
-                                "Set eos_token in tokenizer_config.json."))
+        raise UserError(
+            Problem(
+                "model.path",
+                "a tokenizer with a pad or an end token",
+                "neither",
+                "Set eos_token in tokenizer_config.json.",
+            )
+        )
     return int(found)
 
 
@@ -109,15 +130,25 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         quantized = {"quantization_config": _quantization(config, device), "device_map": {"": device}}
     with _loading(config, "a causal language model's weights") as (source, options):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True,
-            **quantized, **options,
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **quantized,
+            **options,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         got = f"none for {missing[0]} ({len(missing)} in all)"
-        raise UserError(Problem("model.path", "weights for every parameter", got,
-                                f"The files of {config.path!r} are not whole or not of this architecture."))
+        raise UserError(
+            Problem(
+                "model.path",
+                "weights for every parameter",
+                got,
+                f"The files of {config.path!r} are not whole or not of this architecture.",
+            )
+        )
     model = model if quantized else model.to(device)
     model.eval().requires_grad_(False)
     if config.gradient_checkpointing:
@@ -176,9 +207,12 @@ def _folder_problems(folder: Path) -> Iterator[Problem]:
             yield Problem("model.path", f"the shards that {index} names", f"no {', '.join(absent)}", "Copy them there.")
     if not weights:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        yield Problem("model.path", f"weights (*.safetensors) in {folder}",
-                      f"{', '.join(pickled)}, pickled and therefore not read" if pickled else "none",
-                      "Convert them with save_pretrained." if pickled else "Copy model.safetensors there.")
+        yield Problem(
+            "model.path",
+            f"weights (*.safetensors) in {folder}",
+            f"{', '.join(pickled)}, pickled and therefore not read" if pickled else "none",
+            "Convert them with save_pretrained." if pickled else "Copy model.safetensors there.",
+        )
 
 
 def _damaged(folder: Path) -> Iterator[Problem]:
@@ -216,11 +250,23 @@ def _loading(config: ModelConfig, what: str) -> Iterator[tuple[str, dict[str, An
 def _quantization(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
     problems = []
     if device.type != "cuda":
-        problems.append(Problem("model.quantization", f"none on {device.type}", config.quantization,
-                                "8bit and 4bit need an NVIDIA GPU (runtime.device: cuda)."))
+        problems.append(
+            Problem(
+                "model.quantization",
+                f"none on {device.type}",
+                config.quantization,
+                "8bit and 4bit need an NVIDIA GPU (runtime.device: cuda).",
+            )
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(Problem("model.quantization", f"bitsandbytes for {config.quantization}", "not installed",
-                                "pip install 'flocktune[quantization]'"))
+        problems.append(
+            Problem(
+                "model.quantization",
+                f"bitsandbytes for {config.quantization}",
+                "not installed",
+                "pip install 'flocktune[quantization]'",
+            )
+        )
     UserError.raise_all(problems)
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

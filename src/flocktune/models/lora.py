@@ -135,8 +135,14 @@ class Adapter:
         """
         packed = [name for name, layer in self.layers.items() if not layer.weight.is_floating_point()]
         if packed:
-            raise UserError(Problem("model.quantization", "none, to merge an adapter", f"packed weights in {packed[0]}",
-                                    "Load the model without quantisation and merge there."))
+            raise UserError(
+                Problem(
+                    "model.quantization",
+                    "none, to merge an adapter",
+                    f"packed weights in {packed[0]}",
+                    "Load the model without quantisation and merge there.",
+                )
+            )
         for layer in self.layers.values():
             change = layer.scale * (layer.lora_B @ layer.lora_A)
             layer.weight.copy_(layer.weight.float() + (change.t() if isinstance(layer.base, Conv1D) else change))
@@ -222,13 +228,18 @@ def _target_problems(
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "no linear modules"
     if isinstance(lora.targets, str):
         if not chosen:
-            yield Problem("lora.targets", f"a model with modules for {lora.targets!r}", "none",
-                          f"It has {endings}: name some of them.")
+            yield Problem(
+                "lora.targets",
+                f"a model with modules for {lora.targets!r}",
+                "none",
+                f"It has {endings}: name some of them.",
+            )
     else:
         for target in lora.targets:
             if not any(ends_with(name, target) for name in linear):
-                yield Problem("lora.targets", "endings of linear modules' names", repr(target),
-                              f"This model has {endings}.")
+                yield Problem(
+                    "lora.targets", "endings of linear modules' names", repr(target), f"This model has {endings}."
+                )
     for name, module in chosen.items():
         if lora.rank > min(features(module)):
             yield Problem("lora.rank", f"at most {min(features(module))}, the smaller side of {name}", str(lora.rank))

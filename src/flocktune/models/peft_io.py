@@ -33,8 +33,17 @@ UNDERSTOOD = frozenset(
 
 HARMLESS = frozenset(
     (
-        "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "megatron_core",
-        "qalora_group_size", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "megatron_core",
+        "qalora_group_size",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "ensure_weight_tying",
     )
 )
 """Keys that do not change what given factors mean: labels, settings of switched-off features, choices of modules."""
@@ -93,8 +102,14 @@ def import_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
     patterns, starts that change the base, ...) and every missing or damaged file.
     """
     if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLED_FILE).is_file():
-        raise UserError(Problem(str(folder), WEIGHTS_FILE, f"{PICKLED_FILE}, pickled and therefore not read",
-                                "Save the adapter again with safe_serialization=True."))
+        raise UserError(
+            Problem(
+                str(folder),
+                WEIGHTS_FILE,
+                f"{PICKLED_FILE}, pickled and therefore not read",
+                "Save the adapter again with safe_serialization=True.",
+            )
+        )
     config = read_json(folder / CONFIG_FILE)
     UserError.raise_all(_config_problems(folder / CONFIG_FILE, config))
     try:
@@ -103,8 +118,12 @@ def import_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         raise UserError(Problem(str(folder / WEIGHTS_FILE), "a whole safetensors file", str(error))) from None
     matches = {name: FACTOR.fullmatch(name) for name in stored}
     UserError.raise_all(
-        Problem(str(folder / WEIGHTS_FILE), "factors lora_A and lora_B of linear modules", repr(name),
-                "Its feature is not supported.")
+        Problem(
+            str(folder / WEIGHTS_FILE),
+            "factors lora_A and lora_B of linear modules",
+            repr(name),
+            "Its feature is not supported.",
+        )
         for name, match in matches.items()
         if match is None
     )
@@ -137,8 +156,12 @@ def _config_problems(file: Path, config: Mapping[str, Any]) -> Iterator[Problem]
         if not isinstance(config.get(key), int | float):
             yield Problem(str(file), f"a number {key}", repr(config.get(key)))
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
-        yield Problem(str(file), "init_lora_weights that leaves the base as it is", repr(config["init_lora_weights"]),
-                      "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion).")
+        yield Problem(
+            str(file),
+            "init_lora_weights that leaves the base as it is",
+            repr(config["init_lora_weights"]),
+            "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion).",
+        )
     if config.get("bias", "none") != "none":
         yield Problem(str(file), "bias: none", repr(config["bias"]), "Trained biases are not supported.")
     for key in sorted(config.keys() - UNDERSTOOD - HARMLESS - {"init_lora_weights", "bias"}):

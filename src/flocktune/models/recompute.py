@@ -22,8 +22,14 @@ def checkpoint_layers(model: nn.Module) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(Problem("model.gradient_checkpointing", "a model whose layers can be checkpointed",
-                                type(model).__name__, "Set it to false."))
+        raise UserError(
+            Problem(
+                "model.gradient_checkpointing",
+                "a model whose layers can be checkpointed",
+                type(model).__name__,
+                "Set it to false.",
+            )
+        )
     for layer in layers:
         layer.forward = functools.partial(_recomputed, layer.forward)
 

@@ -62,7 +62,7 @@ class LiveView:
                 self._on_round(event)
             case "evaluation":
                 self._scores = _scores(event)
-                self._say(f"evaluated after round {event['round']} on {event.get('dataset', 'test')}: {self._scores}")
+                self._say(f"{event.get('dataset', 'test')} after round {event['round']}: {self._scores}")
             case "run_end":
                 self._say(f"{self._title()}: done")
 
@@ -120,9 +120,8 @@ class LiveView:
                 f"round {self._done:>{width}}/{self._rounds}",
                 f"loss {_loss(event)}",
                 f"clients {len(event.get('answered') or [])}/{len(event.get('selected') or [])}",
-                f"{self._tokens_per_second()} tokens/s",
+                f"{self._tokens_per_second()} tok/s",
                 f"up {format_bytes(number(event.get('bytes_up')))}",
-                f"{format_seconds(_round_seconds(event))}",
                 f"{format_seconds(self._seconds_left())} left",
             )
         )
@@ -153,7 +152,7 @@ def _counted(count: int, what: str) -> str:
 
 def _loss(event: Mapping[str, Any]) -> str:
     loss = number(event.get("train_loss"))
-    return NOTHING if loss is None else f"{loss:.4f}"
+    return NOTHING if loss is None else f"{loss:.3f}"
 
 
 def _round_seconds(event: Mapping[str, Any]) -> float:
@@ -162,7 +161,8 @@ def _round_seconds(event: Mapping[str, Any]) -> float:
 
 def _scores(event: Mapping[str, Any]) -> str:
     overall = event.get("overall") or {}
-    shown = [name for name in ("checked", "exact_match", "rouge_l", "loss") if number(overall.get(name)) is not None]
+    shown = [name for name in ("checked", "exact_match", "rouge_l") if number(overall.get(name)) is not None]
+    shown = [*shown[:2], *(["loss"] if number(overall.get("loss")) is not None else [])]  # fits 80 columns
     texts = (
         f"{METRIC_NAMES[name].lower()} {format_metric(name, Value(overall[name]))}{' %' if name in SHARES else ''}"
         for name in shown

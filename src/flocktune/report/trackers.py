@@ -10,19 +10,28 @@ from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 
 
+def refuse_missing(config: RunConfig) -> None:
+    """Raise UserError that names every tracker of the recipe that is not installed."""
+    if not config.trackers:
+        return  # accelerate takes a second to import
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    UserError.raise_all(
+        Problem("trackers", "installed trackers", repr(name), f"Install it: pip install {name}")
+        for name in config.trackers
+        if name not in available
+    )
+
+
 class Trackers:
     """A listener that passes numbers on. ``metrics.jsonl`` stays the one truth; nothing is read back."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        """Check that every tracker asked for is installed. Raises UserError."""
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        """Raises UserError for a tracker that is not installed. Nothing is opened before a run starts."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        available = {str(tracker) for tracker in get_available_trackers()}
-        UserError.raise_all(
-            Problem("trackers", "installed trackers", repr(name), f"Install it: pip install {name}")
-            for name in config.trackers
-            if name not in available
-        )
+        refuse_missing(config)
         self.folder = folder
         self._kinds = [LOGGER_TYPE_TO_CLASS[name] for name in config.trackers]
         self._open: list[Any] = []
@@ -34,15 +43,22 @@ class Trackers:
                 name = f"{event.get('name', self.folder.name)}-{event.get('method', 'resumed')}"
                 # Only trackers that write files ask for a folder.
                 self._open = [
-                    kind(name, **({"logging_dir": str(self.folder / "trackers")} if kind.requires_logging_directory else {}))
+                    kind(
+                        name,
+                        **({"logging_dir": str(self.folder / "trackers")} if kind.requires_logging_directory else {}),
+                    )
                     for kind in self._kinds
                 ]
                 for tracker in self._open:
                     getattr(tracker, "start", lambda: None)()
             case "round":
-                self._log({key: event[key] for key in ("train_loss", "update_norm", "aggregation_error")}, event["round"] + 1)
+                self._log(
+                    {key: event[key] for key in ("train_loss", "update_norm", "aggregation_error")}, event["round"] + 1
+                )
             case "evaluation":
-                self._log({f"{event['dataset']}/{key}": value for key, value in event["overall"].items()}, event["round"])
+                self._log(
+                    {f"{event['dataset']}/{key}": value for key, value in event["overall"].items()}, event["round"]
+                )
             case "run_end":
                 for tracker in self._open:
                     tracker.finish()
