@@ -103,7 +103,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 
 def environment(options: Options) -> dict[str, Any]:
     """Machine and versions: what a time is worth nothing without. ``load``: running processes, before we began."""
-    from flocktune.runs import versions  # late: it brings every room along, into the small processes too
+    from flocktune.environment import versions  # late: it imports torch, in the small processes too
 
     return {
         "cpu": cpu_model(),

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch and the hub's library are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "80"
+
+settings.register_profile("flocktune", deadline=None)  # no test may fail for being slow
+settings.load_profile("flocktune")
 
 CATEGORIES = ("colour", "size", "sum")
 SETTINGS = (

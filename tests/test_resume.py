@@ -190,6 +190,7 @@ def test_a_second_interrupt_stops_at_once(forked: ForkedRuns, world: World, tmp_
     assert forked.run(*arguments, tmp_path / "whole").code == 0
     child = forked.start(*arguments, tmp_path / "run")
     child.until(lambda: (tmp_path / "run" / "state" / "round-00001.json").exists())
+    time.sleep(0.2)  # into the second round: between two rounds one interrupt is enough
     child.kill(signal.SIGINT)
     child.until(lambda: "Stopping after this round." in child.output.read_text())
     child.kill(signal.SIGINT)

@@ -8,7 +8,8 @@ from typing import Any
 
 from flocktune.config.schema import RunConfig
 from flocktune.experiment import execute_experiment, start
-from flocktune.runs import EXPERIMENT, Listener, execute
+from flocktune.run_folder import EXPERIMENT
+from flocktune.runs import Listener, execute
 
 
 def run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,24 +206,26 @@ def _go_on(folder: Path, quiet: bool) -> None:
     from flocktune.report.live import LiveView
     from flocktune.report.tables import comparison_table
     from flocktune.report.trackers import Trackers
-    from flocktune.runs import EXPERIMENT, Listener, Stopped, execute
+    from flocktune.run_folder import EXPERIMENT
+    from flocktune.runs import Listener, Stopped, execute
 
     config = load_recipe(folder / "recipe.yaml")
     several = (folder / EXPERIMENT).exists()
     trackers = [Trackers(config, folder)] if config.trackers else []
-    with LiveView(console, plain=True if quiet else None) as view, stop_on_signals(view.console.print) as stop:
-        listeners: list[Listener] = [view, *trackers]
-        try:
+    try:
+        with LiveView(console, plain=True if quiet else None) as view, stop_on_signals(view.console.print) as stop:
+            listeners: list[Listener] = [view, *trackers]
             summary = (execute_experiment if several else execute)(folder, listeners, stop)
-        except (Stopped, KeyboardInterrupt):
-            raise typer.Exit(_stopped(folder)) from None
-        except OSError as error:
-            raise FlocktuneError(_not_written(folder, error)) from None
+    except (Stopped, KeyboardInterrupt):
+        raise typer.Exit(_stopped(folder)) from None
+    except OSError as error:
+        raise FlocktuneError(_not_written(folder, error)) from None
     console.print(comparison_table(summary if several else {config.method: summary}))
     console.print(f"Report: {write_report(folder)}", soft_wrap=True)
 
 
 def _stopped(folder: Path) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on the way out already: one more Ctrl-C must not cut the advice off
     problems.print(f"Stopped. Go on with: flocktune resume {folder}", soft_wrap=True)
     return 130
 

@@ -24,7 +24,8 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.report.summaries import combine_seeds
 from flocktune.report.trackers import refuse_missing
-from flocktune.runs import EXPERIMENT, Listener, create_run, execute, is_finished, refuse_changes, remove_strays
+from flocktune.run_folder import EXPERIMENT, create_run, is_finished, refuse_changes, remove_strays
+from flocktune.runs import Listener, execute
 from flocktune.seeds import derive_seed
 
 

@@ -19,7 +19,7 @@ from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
 from flocktune.models.peft_io import CONFIG_FILE, export_peft, import_peft
-from flocktune.runs import EXPERIMENT
+from flocktune.run_folder import EXPERIMENT
 from flocktune.types import Tensors
 
 

@@ -1,9 +1,4 @@
-"""The life of one run: a folder that is started, can be killed at any instant, resumed, and ends with summary.json.
-
-RUN/recipe.yaml      the resolved recipe          RUN/state/        checkpoints
-RUN/metrics.jsonl    what happened, event by event RUN/adapter/     the result as a PEFT adapter
-RUN/answers.jsonl    answers to held-out rows      RUN/summary.json written last: the run is finished
-"""
+"""The life of one run: it starts in a folder, can be killed at any instant, resumes, and ends with summary.json."""
 
 from __future__ import annotations
 
@@ -19,27 +14,22 @@ import torch
 
 from flocktune.algorithms import fedavg
 from flocktune.assemble import Federation, federation
-from flocktune.config.load import config_digest, differences, dump_recipe, load_recipe
-from flocktune.config.schema import RunConfig
+from flocktune.config.load import config_digest, load_recipe
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.environment import peak_memory_bytes, versions
-from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
 from flocktune.models.peft_io import export_peft
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
+from flocktune.run_folder import is_finished, refuse_changes, remove_strays
 from flocktune.tensors import digest
 from flocktune.types import Tensors
 
 HELD_OUT = "held_out"
 """The name, in metrics, of the rows that no client trains on."""
-
-
-EXPERIMENT = "experiment.json"
-"""Its presence tells an experiment's folder, of several runs, from a run's."""
 
 
 class Listener(Protocol):
@@ -52,32 +42,6 @@ class Listener(Protocol):
 
 class Stopped(Exception):
     """The run ended early on request, after saving. It can be resumed."""
-
-
-def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> None:
-    """Make the folder of a run, or with ``seeds`` that of an experiment. The recipe is written last.
-
-    Raises UserError when there is something in the folder already, or it can not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder):
-            there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-            if there - {EXPERIMENT}:  # which alone is left of a start that was killed before the recipe was there
-                raise UserError(
-                    Problem(
-                        str(folder),
-                        "a new or empty run folder",
-                        "one with files in it",
-                        f"Go on with it by: flocktune resume {folder}, or choose another with --out.",
-                    )
-                )
-            (folder / EXPERIMENT).unlink(missing_ok=True)
-            if seeds:
-                write_json(folder / EXPERIMENT, {"seeds": list(seeds)})
-            write_atomic(folder / "recipe.yaml", dump_recipe(config))
-    except OSError as error:
-        raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
 
 
 def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Event | None = None) -> dict[str, Any]:
@@ -101,31 +65,6 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         log = _open_log(folder, checkpoint, fed.rounds)
         run = _Run(fed, folder, log, listeners, InProcess(fed.client), {"load": time.perf_counter() - started})
         return run.to_end(checkpoint, stop or threading.Event())
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` has reached its end."""
-    return (folder / "summary.json").exists()
-
-
-def remove_strays(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left: half a file, under a name that nobody reads."""
-    for stray in folder.rglob(".*.tmp"):
-        stray.unlink(missing_ok=True)
-
-
-def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise UserError that names every difference between two identities (:func:`~flocktune.assemble.identity`)."""
-    changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
-    changed += [
-        f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."
-        for key, what in (("data", "training data"), ("test", "test data"), ("model", "base model"))
-        if saved[key] != mine[key]
-    ]
-    UserError.raise_all(
-        Problem(str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run.")
-        for line in changed
-    )
 
 
 def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> EventLog:

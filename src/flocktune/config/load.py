@@ -28,9 +28,14 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``1e-3`` as a number (YAML 1.2), which PyYAML takes for a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes text that :class:`_Loader` reads back: what it would take for a number is quoted."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -79,7 +84,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump_recipe(config: RunConfig) -> str:
     """The resolved recipe as YAML text that :func:`parse_recipe` reads back to the same value."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False)
+    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
 
 
 def config_digest(config: RunConfig) -> str:

@@ -1,0 +1,73 @@
+"""A run's folder: made, found finished, cleared of what a kill left, held to what it began with.
+
+    RUN/recipe.yaml      the resolved recipe           RUN/state/        checkpoints
+    RUN/metrics.jsonl    what happened, event by event RUN/adapter/      the result as a PEFT adapter
+    RUN/answers.jsonl    answers to held-out rows      RUN/summary.json  written last: the run is finished
+
+An experiment's folder holds such folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flocktune.config.load import differences, dump_recipe
+from flocktune.config.schema import RunConfig
+from flocktune.errors import Problem, UserError
+from flocktune.files import exclusive, write_atomic, write_json
+
+EXPERIMENT = "experiment.json"
+"""Its presence tells an experiment's folder, of several runs, from a run's."""
+
+
+def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> None:
+    """Make the folder of a run, or with ``seeds`` that of an experiment. The recipe is written last.
+
+    Raises UserError when there is something in the folder already, or it can not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder):
+            there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+            if there - {EXPERIMENT}:  # which alone is left of a start that was killed before the recipe was there
+                raise UserError(
+                    Problem(
+                        str(folder),
+                        "a new or empty run folder",
+                        "one with files in it",
+                        f"Go on with it by: flocktune resume {folder}, or choose another with --out.",
+                    )
+                )
+            (folder / EXPERIMENT).unlink(missing_ok=True)
+            if seeds:
+                write_json(folder / EXPERIMENT, {"seeds": list(seeds)})
+            write_atomic(folder / "recipe.yaml", dump_recipe(config))
+    except OSError as error:
+        raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` has reached its end."""
+    return (folder / "summary.json").exists()
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left: half a file, under a name that nobody reads."""
+    for stray in folder.rglob(".*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise UserError that names every difference between two identities (:func:`~flocktune.assemble.identity`)."""
+    changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
+    changed += [
+        f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."
+        for key, what in (("data", "training data"), ("test", "test data"), ("model", "base model"))
+        if saved[key] != mine[key]
+    ]
+    UserError.raise_all(
+        Problem(str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run.")
+        for line in changed
+    )
