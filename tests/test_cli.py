@@ -108,6 +108,14 @@ def test_eval_on_held_out_rows_repeats_the_runs_own_numbers(cli, finished: Path,
 
 def test_eval_of_other_data_methods_and_adapters(cli, finished: Path, world: World) -> None:
     assert cli("eval", finished, "--data", world.data, "--max-rows", "4", "--method", "centralised").code == 0
+    assert cli("export", finished, "--to", finished.parent / "exported").code == 0
+    exported = cli(
+        "eval", finished.parent / "exported", "--data", world.data, "--json", finished.parent / "exported.json"
+    )
+    assert exported.code == 0, exported.all
+    assert cli("eval", finished, "--data", world.data, "--json", finished.parent / "own.json").code == 0
+    own, other = (json.loads((finished.parent / name).read_text()) for name in ("own.json", "exported.json"))
+    assert own["overall"]["loss"] == other["overall"]["loss"], "an exported adapter knows its prompt template"
     adapter = cli(
         "eval", finished / "fedit" / "adapter", "--data", world.data, "--max-rows", "4", "--base", world.model
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from flocktune.assemble import Base, allocate_clients, load_base, load_instructions
-from flocktune.config.load import load_recipe
+from flocktune.config.load import build_config, load_recipe
 from flocktune.config.schema import ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example
@@ -18,8 +18,8 @@ from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
-from flocktune.models.peft_io import CONFIG_FILE, export_peft, import_peft
-from flocktune.run_folder import EXPERIMENT
+from flocktune.models.peft_io import CONFIG_FILE, import_peft
+from flocktune.run_folder import EXPERIMENT, PROMPTING, write_adapter
 from flocktune.types import Tensors
 
 
@@ -39,7 +39,9 @@ def open_result(path: Path, method: str | None = None, base_model: str | None = 
         named = base_model or read_json(path / CONFIG_FILE).get("base_model_name_or_path")
         if not named:
             raise UserError(Problem(str(path), "an adapter that names its base model", "none", "Name it: --base"))
-        config = RunConfig(model=ModelConfig(path=named), lora=lora)
+        # Without our own file beside it, the adapter was trained elsewhere: Alpaca's template is the usual one.
+        data = read_json(path / PROMPTING) if (path / PROMPTING).exists() else {}
+        config = replace(build_config({"data": data}), model=ModelConfig(path=named), lora=lora)
     else:
         run = find_run(path, method)
         tensors, _ = import_peft(run / "adapter")
@@ -127,7 +129,7 @@ def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> 
             tuned.base.tokenizer.save_pretrained(to)
             load_base.cache_clear()  # the resident model is no longer the base
         else:
-            export_peft(tuned.adapter, tuned.config.lora, tuned.base.model, to, tuned.config.model.path)
+            write_adapter(to, tuned.adapter, tuned.config, tuned.base.model)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
         raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None

@@ -13,13 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flocktune.config.load import differences, dump_recipe
+from torch import nn
+
+from flocktune.config.load import differences, dump_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, write_atomic, write_json
+from flocktune.models.peft_io import export_peft
+from flocktune.types import Tensors
 
 EXPERIMENT = "experiment.json"
 """Its presence tells an experiment's folder, of several runs, from a run's."""
+
+PROMPTING = "flocktune.json"
+"""In an adapter's folder: the prompt template that it was trained with."""
 
 
 def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> None:
@@ -46,6 +53,13 @@ def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> No
             write_atomic(folder / "recipe.yaml", dump_recipe(config))
     except OSError as error:
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
+
+
+def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.Module) -> None:
+    """Write a PEFT adapter folder, and beside it how to prompt it: what PEFT's own files do not say. Raises OSError."""
+    export_peft(adapter, config.lora, model, folder, config.model.path)
+    data = to_tree(config)["data"]
+    write_json(folder / PROMPTING, {key: data[key] for key in ("template", "max_tokens")})
 
 
 def is_finished(folder: Path) -> bool:

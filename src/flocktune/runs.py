@@ -22,9 +22,8 @@ from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
-from flocktune.models.peft_io import export_peft
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.run_folder import is_finished, refuse_changes, remove_strays
+from flocktune.run_folder import is_finished, refuse_changes, remove_strays, write_adapter
 from flocktune.tensors import digest
 from flocktune.types import Tensors
 
@@ -167,7 +166,7 @@ class _Run:
         return result
 
     def _export(self, adapter: Tensors, folder: Path) -> None:
-        export_peft(adapter, self.fed.config.lora, self.fed.base.model, folder, self.fed.config.model.path)
+        write_adapter(folder, adapter, self.fed.config, self.fed.base.model)
 
     def _finish(self, adapter: Tensors) -> dict[str, Any]:
         result = self._evaluate(adapter, self.fed.rounds, None)
