@@ -276,6 +276,7 @@ def test_a_client_whose_training_breaks_is_left_out_with_its_reason(
     assert said.code == 0, said.all
     assert "bert failed: the loss became nan at step 0" in said.all
     assert "Traceback" not in said.all
+    assert "bert failed: the loss became nan" in (tmp_path / "run" / "run.log").read_text()
     rounds = [event for event in read_events(tmp_path / "run" / "metrics.jsonl") if event["event"] == "round"]
     assert len(rounds) == 2
     for event in rounds:

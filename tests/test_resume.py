@@ -67,8 +67,12 @@ def result(folder: Path) -> dict[str, Any]:
         "log": [timeless(event) for event in events(folder) if event["event"] != "resumed"],
         "answers": (folder / "answers.jsonl").read_text(),
         "summary": timeless(json.loads((folder / "summary.json").read_text())),
-        # A kill in the last round may leave one old state more.
-        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "state"),
+        # A kill in the last round may leave one old state more, and a warning in the log.
+        "files": sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.parent.name != "state" and path.name != "run.log"
+        ),
     }
 
 

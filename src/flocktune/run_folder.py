@@ -3,13 +3,16 @@
     RUN/recipe.yaml      the resolved recipe           RUN/state/        checkpoints
     RUN/metrics.jsonl    what happened, event by event RUN/adapter/      the result as a PEFT adapter
     RUN/answers.jsonl    answers to held-out rows      RUN/summary.json  written last: the run is finished
+    RUN/run.log          warnings, if there were any
 
 An experiment's folder holds such folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,19 @@ def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.M
 def is_finished(folder: Path) -> bool:
     """Whether the run in ``folder`` has reached its end."""
     return (folder / "summary.json").exists()
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    """Warnings of the package, tracebacks of failed clients among them, go to RUN/run.log too."""
+    logger, handler = logging.getLogger("flocktune"), logging.FileHandler(folder / "run.log", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def remove_strays(folder: Path) -> None:

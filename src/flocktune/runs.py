@@ -23,7 +23,7 @@ from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.run_folder import is_finished, refuse_changes, remove_strays, write_adapter
+from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, write_adapter
 from flocktune.tensors import digest
 from flocktune.types import Tensors
 
@@ -49,7 +49,7 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
     Raises UserError (also when recipe, data or base model are not those of the checkpoint), RoundFailed, and
     Stopped after ``stop`` was set: the round at hand is finished and saved first.
     """
-    with exclusive(folder):
+    with exclusive(folder), logged(folder):
         remove_strays(folder)
         if is_finished(folder):
             return read_json(folder / "summary.json")
