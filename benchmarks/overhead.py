@@ -48,7 +48,7 @@ def recipe(options: Options) -> RunConfig:
     quick = options.quick
     return RunConfig(
         name="overhead",
-        rounds=2 if quick else 3,
+        rounds=2,
         model=ModelConfig(options.model),
         data=DataConfig(
             options.data,
@@ -58,7 +58,7 @@ def recipe(options: Options) -> RunConfig:
             max_rows=200 if quick else 2000,
         ),
         allocation=Iid(clients=2 if quick else 3),
-        local=LocalConfig(steps=2 if quick else 3, batch_size=4 if quick else 8, lr=1e-3),
+        local=LocalConfig(steps=2 if quick else 10, batch_size=4 if quick else 8, lr=1e-3),
         evaluation=EvaluationConfig(generate=False),
         runtime=RuntimeConfig(device="cpu", threads=options.threads),
     )

@@ -99,6 +99,7 @@ def test_every_problem_is_in_one_message() -> None:
         ("allocation: {kind: iid, clients: 0}", "allocation.clients: expected greater than or equal to 1, got 0"),
         ("seed: -1", "seed: expected greater than or equal to 0"),
         ("name: ../up", "name: expected"),
+        ("method: local", "scheduling.selection: expected one named client with method local, got uniform"),
         ("1: 2", "1: expected a known setting"),
     ],
 )

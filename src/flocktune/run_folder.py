@@ -75,6 +75,7 @@ def logged(folder: Path) -> Iterator[None]:
     """Warnings of the package, tracebacks of failed clients among them, go to RUN/run.log too."""
     logger, handler = logging.getLogger("flocktune"), logging.FileHandler(folder / "run.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk has its own message
     logger.addHandler(handler)
     try:
         yield

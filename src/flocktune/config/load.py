@@ -188,6 +188,14 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     if (local.steps is None) == (local.epochs is None):
         got = "neither" if local.steps is None else f"steps {local.steps} and epochs {local.epochs}"
         yield Problem("local", "exactly one of steps and epochs", got)
+    selection = config.scheduling.selection
+    if config.method == "local" and not (isinstance(selection, schema.Named) and len(selection.clients) == 1):
+        yield Problem(
+            "scheduling.selection",
+            "one named client with method local",
+            selection.kind,
+            "For example: {kind: named, clients: [client-01]}.",
+        )
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:

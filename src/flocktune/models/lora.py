@@ -240,9 +240,11 @@ def _target_problems(
                 yield Problem(
                     "lora.targets", "endings of linear modules' names", repr(target), f"This model has {endings}."
                 )
-    for name, module in chosen.items():
-        if lora.rank > min(features(module)):
-            yield Problem("lora.rank", f"at most {min(features(module))}, the smaller side of {name}", str(lora.rank))
+    small = [name for name, module in chosen.items() if lora.rank > min(features(module))]
+    if small:
+        smallest = min(small, key=lambda name: min(features(chosen[name])))
+        most = f"at most {min(features(chosen[smallest]))}, the smaller side of {smallest}"
+        yield Problem("lora.rank", most, f"{lora.rank}, too large for {len(small)} of {len(chosen)} targets")
 
 
 def _in_attention(name: str) -> bool:
