@@ -353,7 +353,7 @@ def test_the_panel_counts_clients_bytes_and_time_left(tmp_path: Path) -> None:
         "2/5",
         "3/4 client-9",
         "loss 1.250",
-        "300 tokens/s",
+        "300 tok/s",
         "up 2 MB",
         "down 4 MB",
         "30.0 s left",

@@ -99,7 +99,7 @@ def split(
     categories_per_client: Annotated[int, typer.Option(min=1, help="For by_category.")] = 2,
     min_rows: Annotated[int, typer.Option(min=0, help="The fewest rows a client may have.")] = 1,
     test_rows_per_category: Annotated[int, typer.Option(min=0, help="Rows of each category held out first.")] = 10,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="What every random draw follows from.")] = 0,
 ) -> None:
     """Client data allocation as files, with a picture of who holds what."""
     from flocktune.config.load import build_config
@@ -130,7 +130,7 @@ def evaluate_command(
         str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
@@ -152,9 +152,9 @@ def generate(
     context: Annotated[str, typer.Option(help="Text the instruction is about.")] = "",
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="What every random draw follows from.")] = 0,
 ) -> None:
     """Try the tuned model."""
     from flocktune.results import answer_stream, open_result

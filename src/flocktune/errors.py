@@ -22,7 +22,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.where}: expected {self.expected}, got {self.got}"
-        return f"{text}. {self.fix}" if self.fix else text
+        return f"{text.removesuffix('.')}. {self.fix}" if self.fix else text
 
 
 class FlocktuneError(Exception):

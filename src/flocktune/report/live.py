@@ -81,12 +81,12 @@ class LiveView:
         bars.add_row("clients", ProgressBar(max(1, total), done), Text(f"{done}/{total} {client}".rstrip()))
         numbers = [
             f"loss {_loss(self._last)}",
-            f"{self._tokens_per_second()} tokens/s",
+            f"{self._tokens_per_second()} tok/s",
             f"up {format_bytes(self._bytes_up)}",
             f"down {format_bytes(self._bytes_down)}",
             f"{format_seconds(self._seconds_left())} left",
         ]
-        rows: list[RenderableType] = [bars, Text("  ·  ".join(numbers))]
+        rows: list[RenderableType] = [bars, Text(" · ".join(numbers))]
         if self._scores:
             rows.append(Text(f"held out: {self._scores}", style="dim"))
         return Panel(Group(*rows), title=Text(self._title()), title_align="left", border_style="dim", width=78)
