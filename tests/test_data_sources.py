@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from flocktune.config.schema import Columns
-from flocktune.data.examples import Example, Message, examples_digest, to_examples
+from flocktune.data.examples import Example, Message, examples_digest, rows_digest, to_examples
 from flocktune.data.sources import locate, read_examples, source_digest
 from flocktune.errors import UserError
 
@@ -246,6 +247,18 @@ def test_a_local_digest_is_of_the_contents(tmp_path: Path) -> None:
     write_lines(right, DOLLY, DOLLY)
     assert source_digest(str(left)) != source_digest(str(right))
     assert len({source_digest(f"{tmp_path}{split}") for split in ("", ":test", ":train")}) == 3
+
+
+def test_rows_digest_follows_what_decides_who_holds_and_who_is_right() -> None:
+    row = Example("a", "b", "c", category="x", client="k", check={"one_of": ["c"]})
+    others = [
+        replace(row, category="y"),
+        replace(row, client=None),
+        replace(row, check=None),
+        replace(row, response="d"),
+    ]
+    assert len({rows_digest([each]) for each in (row, *others)}) == 5
+    assert rows_digest([row]) == rows_digest([replace(row)])
 
 
 def test_examples_digest_follows_the_text_and_its_order() -> None:

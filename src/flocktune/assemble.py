@@ -23,7 +23,7 @@ from flocktune.config.load import to_tree
 from flocktune.config.schema import Availability, DataConfig, LoraConfig, ModelConfig, Named, RunConfig
 from flocktune.data.batching import packing_leak, training_batches
 from flocktune.data.encoding import Encoded, EncodingReport, default_cache_folder, encode_cached
-from flocktune.data.examples import Example, examples_digest
+from flocktune.data.examples import Example, examples_digest, rows_digest
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.data.sources import read_examples
@@ -132,14 +132,13 @@ def load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
 def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Instructions:
     """Read and encode one data set, from the token cache where it can. Raises UserError."""
     examples = read_examples(source, data.columns, max_rows=data.max_rows)
-    digest = examples_digest(examples)
     encoded, report = encode_cached(
         examples,
         load_tokenizer(model),
         template=data.template,
         max_tokens=data.max_tokens,
         train_on=data.train_on,
-        digest=digest,
+        digest=examples_digest(examples),
         folder=default_cache_folder(),
     )
     if report.untrainable:
@@ -149,7 +148,7 @@ def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Inst
             len(report.untrainable),
             report.rows,
         )
-    return Instructions(examples, encoded, report, digest)
+    return Instructions(examples, encoded, report, rows_digest(examples))
 
 
 def allocate_clients(config: RunConfig) -> ClientRows:

@@ -91,7 +91,7 @@ def remove_strays(folder: Path) -> None:
 
 
 def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise UserError that names every difference between two identities (:func:`~flocktune.assemble.identity`)."""
+    """Raise UserError that names every difference between two identities (``Federation.identity``)."""
     changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
     changed += [
         f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."

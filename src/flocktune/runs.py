@@ -70,9 +70,9 @@ def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> Event
     """The log, as it was when the checkpoint was saved: what came after it is about to happen again."""
     path = folder / LOG_NAME
     if checkpoint is not None:
-        truncate_after(path, checkpoint.rounds_done - 1)
-        if checkpoint.rounds_done == rounds:
-            _forget_evaluation(path, rounds)  # killed while finishing: the last evaluation is made again
+        # Killed while finishing: the last evaluation is made again.
+        finishing = checkpoint.rounds_done == rounds
+        truncate_after(path, checkpoint.rounds_done - 1, with_evaluation=not finishing)
     else:
         path.unlink(missing_ok=True)
     return EventLog(path)
@@ -271,8 +271,3 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         "tokens": record.metrics["tokens"].total,
         "seconds": seconds,
     }
-
-
-def _forget_evaluation(path: Path, rounds_done: int) -> None:
-    kept = [event for event in read_events(path) if (event["event"], event.get("round")) != ("evaluation", rounds_done)]
-    write_atomic(path, "".join(json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept))

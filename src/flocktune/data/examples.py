@@ -144,6 +144,15 @@ def examples_digest(examples: Iterable[Example]) -> str:
     return sha.hexdigest()
 
 
+def rows_digest(examples: Sequence[Example]) -> str:
+    """Hex SHA-256 of all that a run depends on: the texts, and every row's category, owner and check."""
+    sha = hashlib.sha256(examples_digest(examples).encode())
+    for example in examples:
+        rule = dict(example.check) if example.check else None
+        sha.update(json.dumps([example.category, example.client, rule], sort_keys=True).encode())
+    return sha.hexdigest()
+
+
 def _example(row: Mapping[str, Any], layout: Columns, where: str, client: str | None) -> Example:
     problems: list[Problem] = []
 

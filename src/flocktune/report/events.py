@@ -74,13 +74,16 @@ def read_events_leniently(path: Path) -> tuple[list[Event], list[int]]:
     return events, damaged
 
 
-def truncate_after(path: Path, round: int) -> None:
+def truncate_after(path: Path, round: int, *, with_evaluation: bool = True) -> None:
     """Forget what happened after ``round`` (from 0; -1 forgets every round), before a run resumes there.
 
     Drops the events of later rounds, the end of the run and a torn last line; atomic. An evaluation
-    after ``n`` rounds belongs to round ``n - 1``. Raises UserError for a damaged log, and OSError.
+    after ``n`` rounds belongs to round ``n - 1``; without ``with_evaluation``, that of ``round`` is forgotten
+    too. Raises UserError for a damaged log, and OSError.
     """
-    kept = [event for event in read_events(path) if _belongs(event, round)]
+    dropped = None if with_evaluation else ("evaluation", round + 1)
+    events = (event for event in read_events(path) if _belongs(event, round))
+    kept = [event for event in events if (event["event"], event.get("round")) != dropped]
     lines = (json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept)
     write_atomic(path, "".join(lines))
 
