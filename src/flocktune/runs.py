@@ -145,14 +145,14 @@ class _Run:
         if every and done % every == 0 and done < self.fed.rounds:
             self._evaluate(self.fed.server.result(state), done, config.evaluation.max_rows)
         started = time.perf_counter()
+        kept_every = config.checkpoint.keep_adapters_every
+        if kept_every and done % kept_every == 0:  # before the checkpoint: a resume does not come back to this round
+            self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
         save_checkpoint(
             self.folder / "state",
             Checkpoint(done, state, self.engine.memories, self.fed.identity),
             keep=config.checkpoint.keep,
         )
-        kept_every = config.checkpoint.keep_adapters_every
-        if kept_every and done % kept_every == 0:
-            self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
         self.rounds_done = done
         self.carried_s = {"save": time.perf_counter() - started}
 
