@@ -151,9 +151,9 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation
     server = fedavg.server_half(AggregationConfig())
     cohort = Cohort(tuple(work.clients), len(work.clients), 1)
 
-    def data(client: str) -> fedavg.ClientData:
+    def data(client: str) -> ClientData:
         rows = work.clients[client]
-        return fedavg.ClientData(
+        return ClientData(
             len(rows),
             int(work.encoded.targets[rows].sum()),
             lambda seed, steps, epochs: training_batches(

@@ -114,7 +114,7 @@ def cli(
     from flocktune.cli import main
 
     def run(*arguments: object) -> Said:
-        for cached in (assemble.load_base, assemble.load_instructions, assemble._base_digest):
+        for cached in (resident.load_base, resident.load_instructions, resident.base_digest):
             cached.cache_clear()
         capsys.readouterr()
         caplog.clear()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from flocktune.config.schema import Columns
+from flocktune.config.schema import EMBEDDED, EMBEDDED_PUBLIC, Columns
 from flocktune.data.examples import Example, Message, examples_digest, rows_digest, to_examples
 from flocktune.data.sources import locate, read_examples, source_digest
 from flocktune.errors import UserError
@@ -163,6 +163,16 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) ->
 def test_missing_files_are_not_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(UserError, match="nothing there"):
         locate(source)
+
+
+def test_the_embedded_data_and_the_public_data_have_names_and_share_no_prompt() -> None:
+    private, public = (read_examples(name, Columns()) for name in (EMBEDDED, EMBEDDED_PUBLIC))
+    assert 500 < len(public) < len(private)
+    assert {row.category for row in public} == {row.category for row in private}
+    assert not {(row.instruction, row.context) for row in public} & {(row.instruction, row.context) for row in private}
+    assert source_digest(EMBEDDED_PUBLIC) != source_digest(EMBEDDED)
+    with pytest.raises(UserError, match=r"'embedded', or 'embedded-public'"):
+        locate("embedded-publik")
 
 
 def test_hub_ids_are_told_from_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

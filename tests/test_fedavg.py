@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flocktune.algorithms import fedavg
-from flocktune.algorithms.fedavg import ClientData
+from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.config.schema import AggregationConfig, LocalConfig, LoraConfig
 from flocktune.data.batching import training_batches
 from flocktune.data.encoding import Encoded
@@ -159,7 +159,7 @@ def test_a_task_alone_decides_its_update() -> None:
     ],
 )
 def test_steps_of_a_round(local: LocalConfig, examples: int, steps: int) -> None:
-    assert fedavg.steps_per_round(local, examples) == steps
+    assert steps_per_round(local, examples) == steps
 
 
 def test_a_rate_over_the_whole_run_goes_on_where_the_round_before_ended() -> None:

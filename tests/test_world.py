@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from itertools import islice
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import make_world  # noqa: E402
 from world.facts import build_world  # noqa: E402
-from world.instructions import CATEGORIES, instruction_rows  # noqa: E402
+from world.instructions import CATEGORIES, PUBLIC_PART, instruction_rows, prompt_key, public_rows  # noqa: E402
 from world.text import documents  # noqa: E402
 from world.tokenizer import split_words  # noqa: E402
 
@@ -28,10 +29,19 @@ def prompt_of(row):
     return f"Instruction: {row['instruction']}\n{context}Answer: "
 
 
+def read_rows(name):
+    with (ASSETS / name).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 @pytest.fixture(scope="module")
 def rows():
-    with (ASSETS / "instructions.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return read_rows("instructions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def public():
+    return read_rows("public.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +82,49 @@ def test_the_shipped_rows_are_those_of_the_seed(rows, manifest):
     assert instruction_rows(world, manifest["seed"] + 1) != rows
 
 
-def test_the_shipped_files_are_those_of_the_manifest(manifest):
+def test_public_rows_are_whole_right_and_those_of_the_seed(rows, public, manifest):
+    assert all(list(row) == ["instruction", "context", "response", "category", "check"] for row in public)
+    amounts = Counter(row["category"] for row in public)
+    assert amounts == {category: amount // PUBLIC_PART for category, (_, amount) in CATEGORIES.items()}
+    assert all(passes(row["response"], row["check"]) for row in public)
+    assert public_rows(build_world(manifest["seed"]), manifest["seed"], rows) == public
+
+
+def test_no_public_prompt_is_a_clients_or_comes_twice(rows, public):
+    prompts = {prompt_key(row) for row in public}
+    assert len(prompts) == len(public)
+    assert not prompts & {prompt_key(row) for row in rows}
+
+
+def test_every_word_of_public_rows_is_one_token_and_known_from_text(public, texts, tokenizer):
+    words = make_world.world_words(public, [])
+    assert split_words(tokenizer.backend_tokenizer, words) == []
+    assert words - make_world.world_words([], texts) == set()
+
+
+def test_public_rows_can_be_made_without_the_rest(tmp_path):
+    out = tmp_path / "world"
+    shutil.copytree(ASSETS, out)
+    (out / "public.jsonl").unlink()
+    make_world.renew_public(out)
+    assert make_world.file_digests(out) == make_world.file_digests(ASSETS)
+    assert (out / "MANIFEST.json").read_bytes() == (ASSETS / "MANIFEST.json").read_bytes()
+
+
+def test_public_rows_that_clients_hold_or_the_tokenizer_tears_are_refused(rows, public, tokenizer, monkeypatch):
+    world, words = build_world(0), tokenizer.backend_tokenizer
+    monkeypatch.setattr(make_world, "public_rows", lambda *_: [*public, rows[0]])
+    with pytest.raises(ValueError, match="1 public prompts are those of clients"):
+        make_world.make_public(world, rows, words, 0)
+    monkeypatch.setattr(make_world, "public_rows", lambda *_: [public[0] | {"response": "Zyzzyva"}])
+    with pytest.raises(ValueError, match="1 words are not single tokens: Zyzzyva"):
+        make_world.make_public(world, rows, words, 0)
+
+
+def test_the_shipped_files_are_those_of_the_manifest(manifest, rows, public):
     found = make_world.file_digests(ASSETS)
     assert found == manifest["files"]
+    assert (manifest["rows"], manifest["public_rows"]) == (len(rows), len(public))
     assert sum(file["bytes"] for file in found.values()) < 12_000_000
 
 

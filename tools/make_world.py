@@ -1,10 +1,11 @@
 """Make the embedded default: a small world, its instructions, and a model of it.
 
-    python tools/make_world.py --out src/flocktune/assets/world [--quick]
+    python tools/make_world.py --out src/flocktune/assets/world [--quick | --public-only]
 
 Everything follows from the seed. Rows and tokenizer take seconds; pretraining
 takes about 8 minutes of one core's time (it took 19 by the clock on a machine
-busy with other work). --quick trains for a few steps only, to try the script.
+busy with other work). --quick trains for a few steps only, to try the script; --public-only makes the
+public rows anew and leaves the clients' rows, the tokenizer and the model alone.
 The weights made on another machine may differ in the last bits.
 """
 
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 
 from world import lexicon
 from world.facts import World, build_world
-from world.instructions import Row, instruction_rows
+from world.instructions import Row, instruction_rows, prompt_key, public_rows
 from world.pretrain import Plan, pretrain
 from world.text import documents
 from world.tokenizer import TEMPLATE_WORDS, WORD, save_tokenizer, split_words, train_tokenizer
@@ -56,9 +57,26 @@ def make_tokenizer(world: World, rows: list[Row], seed: int) -> Tokenizer:
     texts = list(islice(documents(world, instruction_words(rows), rng), TOKENIZER_DOCUMENTS))
     texts += [f"{row['instruction']}\n{row['context']}\n{row['response']}" for row in rows]
     tokenizer = train_tokenizer(texts, VOCABULARY_SIZE)
-    if torn := split_words(tokenizer, world_words(rows, texts)):
-        raise ValueError(f"{len(torn)} words are not single tokens: {' '.join(torn)}")
+    require_single_tokens(tokenizer, world_words(rows, texts))
     return tokenizer
+
+
+def require_single_tokens(tokenizer: Tokenizer, words: set[str]) -> None:
+    """ValueError naming the words that are more than one token, if any are."""
+    if torn := split_words(tokenizer, words):
+        raise ValueError(f"{len(torn)} words are not single tokens: {' '.join(torn)}")
+
+
+def make_public(world: World, rows: list[Row], tokenizer: Tokenizer, seed: int) -> list[Row]:
+    """The public rows, of which no client holds one.
+
+    The tokenizer is not trained on them, so that they can change without it (and the model) changing.
+    """
+    public = public_rows(world, seed, rows)
+    if shared := {prompt_key(row) for row in rows} & {prompt_key(row) for row in public}:
+        raise ValueError(f"{len(shared)} public prompts are those of clients")
+    require_single_tokens(tokenizer, world_words(public, []))
+    return public
 
 
 def write_rows(rows: list[Row], path: Path) -> None:
@@ -80,8 +98,7 @@ def file_digests(folder: Path) -> dict[str, dict[str, object]]:
 
 def write_manifest(out: Path, facts: dict[str, object]) -> None:
     """What was made, from what, how well, and the digests of the files."""
-    libraries = {name: version(name) for name in LIBRARIES}
-    manifest = facts | {"libraries": libraries, "files": file_digests(out)}
+    manifest = facts | {"files": file_digests(out)}
     (out / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -94,7 +111,9 @@ def make(out: Path, plan: Plan, seed: int) -> None:
     write_rows(rows, out / "instructions.jsonl")
     tokenizer = make_tokenizer(world, rows, seed)
     save_tokenizer(tokenizer, out / "model", plan.context_length)
-    print(f"{len(rows)} rows, {tokenizer.get_vocab_size()} tokens", flush=True)
+    public = make_public(world, rows, tokenizer, seed)
+    write_rows(public, out / "public.jsonl")
+    print(f"{len(rows)} rows, {len(public)} public rows, {tokenizer.get_vocab_size()} tokens", flush=True)
     model, loss = pretrain(world, instruction_words(rows), tokenizer, plan, seed)
     model.to(torch.bfloat16).save_pretrained(out / "model")
     (out / "model" / "model.safetensors").chmod(0o644)  # saved readable by its owner only
@@ -103,15 +122,28 @@ def make(out: Path, plan: Plan, seed: int) -> None:
         {
             "seed": seed,
             "rows": len(rows),
+            "public_rows": len(public),
             "vocabulary": tokenizer.get_vocab_size(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "plan": asdict(plan),
             "tokens_trained_on": plan.steps * plan.rows * plan.row_tokens,
             "held_out_loss_nats": round(loss, 4),
             "minutes": round((time.monotonic() - began) / 60, 1),
+            "libraries": {name: version(name) for name in LIBRARIES},
         },
     )
     print(f"held-out loss {loss:.4f} nats a token; written to {out}")
+
+
+def renew_public(out: Path) -> None:
+    """Write only the public rows, of the seed, rows and tokenizer that are in the folder."""
+    facts = json.loads((out / "MANIFEST.json").read_text())
+    rows = [json.loads(line) for line in (out / "instructions.jsonl").read_text().splitlines()]
+    tokenizer = Tokenizer.from_file(str(out / "model" / "tokenizer.json"))
+    public = make_public(build_world(facts["seed"]), rows, tokenizer, facts["seed"])
+    write_rows(public, out / "public.jsonl")
+    write_manifest(out, facts | {"public_rows": len(public)})
+    print(f"{len(public)} public rows; written to {out}")
 
 
 def main() -> None:
@@ -119,8 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded world and its model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the assets")
     parser.add_argument("--seed", type=int, default=SEED, help=f"default {SEED}")
-    parser.add_argument("--quick", action="store_true", help="only 20 steps of pretraining")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--quick", action="store_true", help="only 20 steps of pretraining")
+    less.add_argument("--public-only", action="store_true", help="only the public rows, of the seed in MANIFEST.json")
     arguments = parser.parse_args()
+    if arguments.public_only:
+        renew_public(arguments.out)
+        return
     torch.set_num_threads(1)
     plan = replace(Plan(), steps=20) if arguments.quick else Plan()
     make(arguments.out, plan, arguments.seed)

@@ -1,15 +1,9 @@
-"""The only place that turns a recipe into objects: base model, data, clients, server, engine.
-
-The base model and the tokens are loaded once in a process and shared by every run that asks for the same ones; only
-adapters are swapped.
-"""
+"""The only place that turns a recipe into objects: base model, data, clients, server, engine."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +11,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flocktune.algorithms import fedavg
-from flocktune.algorithms.fedavg import ClientData
+from flocktune.algorithms import fedavg, fedbiot
+from flocktune.algorithms.alignment import Pair
+from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.config.load import to_tree
-from flocktune.config.schema import Availability, DataConfig, LoraConfig, ModelConfig, Named, RunConfig
+from flocktune.config.schema import Availability, LoraConfig, Named, RunConfig
 from flocktune.data.batching import packing_leak, training_batches
-from flocktune.data.encoding import Encoded, EncodingReport, default_cache_folder, encode_cached
-from flocktune.data.examples import Example, examples_digest, rows_digest
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
-from flocktune.data.sources import read_examples
+from flocktune.emulation import (
+    Emulated,
+    alignment_settings,
+    bundle_of,
+    emulator_settings,
+    load_emulator,
+    pair_of,
+    public_data,
+    public_rows,
+)
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
 from flocktune.interfaces import ClientHalf, ServerHalf
-from flocktune.models.load import load_model, load_tokenizer, model_digest, pad_id, pick_device
-from flocktune.models.lora import Adapter, attach, scale
+from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
+from flocktune.resident import Base, Instructions, base_digest, load_base, load_instructions
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
 from flocktune.types import Tensors
 
-_LOG = logging.getLogger(__name__)
-
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
-
-
-@dataclass(frozen=True, eq=False)
-class Base:
-    """A resident base model with one adapter attached; every client and every run swaps its tensors in."""
-
-    model: Any
-    tokenizer: Any
-    adapter: Adapter
-    device: torch.device
-    pad_id: int
-
-
-@dataclass(frozen=True, eq=False)
-class Instructions:
-    """One data set, read and encoded once. ``digest`` is of what was read."""
-
-    examples: Sequence[Example]
-    encoded: Encoded
-    report: EncodingReport
-    digest: str
-
-    @property
-    def categories(self) -> list[str]:
-        """The category of every row."""
-        return [example.category for example in self.examples]
-
-    def take(self, rows: Sequence[int]) -> Instructions:
-        """Only these rows, in this order."""
-        return replace(self, examples=[self.examples[row] for row in rows], encoded=self.encoded.take(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,49 +76,24 @@ class ClientRows:
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Everything a run needs. ``identity``: recipe, data and base model, for a safe resume."""
+    """Everything a run needs. ``identity``: recipe, data and models, for a safe resume.
+
+    ``base`` is what the result plugs into; ``model_digest`` names the model that clients must hold: the base itself, or
+    with FedBiOT the emulator.
+    """
 
     config: RunConfig
     base: Base
     data: ClientRows
     rounds: int
+    kind: str
     start: Tensors
     server: ServerHalf
     client: ClientHalf
     schedule: Callable[[int], Cohort]
+    model_digest: str
     identity: Mapping[str, Any]
-
-
-@lru_cache(maxsize=1)
-def load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
-    """Load the base model, attach an adapter, remember both. Raises UserError."""
-    tokenizer = load_tokenizer(model)
-    where = pick_device(device)
-    network = load_model(model, where)
-    return Base(network, tokenizer, attach(network, lora, seed=0), where, pad_id(tokenizer))
-
-
-@lru_cache(maxsize=4)
-def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Instructions:
-    """Read and encode one data set, from the token cache where it can. Raises UserError."""
-    examples = read_examples(source, data.columns, max_rows=data.max_rows)
-    encoded, report = encode_cached(
-        examples,
-        load_tokenizer(model),
-        template=data.template,
-        max_tokens=data.max_tokens,
-        train_on=data.train_on,
-        digest=examples_digest(examples),
-        folder=default_cache_folder(),
-    )
-    if report.untrainable:
-        _LOG.warning(
-            "%s: %d of %d rows have nothing to learn from and are left out",
-            source,
-            len(report.untrainable),
-            report.rows,
-        )
-    return Instructions(examples, encoded, report, rows_digest(examples))
+    emulated: Emulated | None = None
 
 
 def allocate_clients(config: RunConfig) -> ClientRows:
@@ -181,36 +126,83 @@ def federation(config: RunConfig) -> Federation:
     client with all rows that takes as many steps a round as a whole cohort.
     """
     data = allocate_clients(config)
+    if config.method == "fedbiot":
+        return _fedbiot(config, data)
     base = load_base(config.model, config.lora, config.runtime.device)
     local = config.local
     if config.method == "centralised":
         local = replace(local, steps=centralised_steps(config, data.clients), epochs=None)
         data = replace(data, clients={EVERYONE: np.sort(np.concatenate(list(data.clients.values())))})
-    if config.data.batching == "packed":
-        refuse_leaks(base)
+    _refuse_misfits(config, data, base)
     rounds = 0 if config.method == "base" else config.rounds
-    check_context(config, data, base.model)
+    clients = client_data(config, base.pad_id, data)
+    identity = identity_of(config, data)
     return Federation(
         config,
         base,
         data,
         rounds,
+        fedavg.KIND,
         starting_adapter(config, base.adapter),
         fedavg.server_half(config.aggregation),
-        fedavg.client_half(
-            base.adapter, _client_data(config, base, data), local, config.aggregation.weights, rounds=rounds
-        ),
+        fedavg.client_half(base.adapter, clients, local, config.aggregation.weights, rounds=rounds),
         scheduler(config, data.clients),
-        {
-            "recipe": to_tree(config),
-            "data": data.train.digest,
-            "test": data.test.digest,
-            "model": _base_digest(config.model),
-        },
+        identity["model"],
+        identity,
     )
 
 
-_base_digest = lru_cache(maxsize=1)(model_digest)  # once in a process, as the base itself: it may be gigabytes
+def _fedbiot(config: RunConfig, data: ClientRows) -> Federation:
+    """Both sides of FedBiOT in one process; the client's side is :func:`emulator_client`, as it is anywhere else."""
+    emulated = load_emulator(config, bundle_of(config))
+    base, pair = pair_of(config, emulated)
+    _refuse_misfits(config, data, emulated.base)
+    public = public_data(config, base, data.test)
+    digest = emulated.bundle.digest
+    return Federation(
+        config,
+        base,
+        data,
+        config.rounds,
+        fedbiot.KIND,
+        starting_emulator(config, pair),
+        fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed),
+        emulator_client(config, emulated, data),
+        scheduler(config, data.clients),
+        digest,
+        {**identity_of(config, data), "public": public_rows(config).digest, "emulator": digest},
+        emulated,
+    )
+
+
+def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> ClientHalf:
+    """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
+    return fedbiot.client_half(
+        emulated.base.adapter,
+        emulated.bundle.plan,
+        emulated.bundle.digest,
+        client_data(config, emulated.base.pad_id, data),
+        config.local,
+        emulator_settings(config),
+        config.aggregation.weights,
+        rounds=config.rounds,
+    )
+
+
+def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
+    """What a checkpoint remembers: a resume with another recipe, other data or another base model is refused."""
+    return {
+        "recipe": to_tree(config),
+        "data": data.train.digest,
+        "test": data.test.digest,
+        "model": base_digest(config.model),
+    }
+
+
+def _refuse_misfits(config: RunConfig, data: ClientRows, base: Base) -> None:
+    if config.data.batching == "packed":
+        refuse_leaks(base)
+    check_context(config, data, base.model)
 
 
 def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> Callable[[int], Cohort]:
@@ -249,7 +241,7 @@ def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | N
     """Steps a round of the centralised baseline: those of a whole cohort, so both see as many examples."""
     selection = config.scheduling.selection
     cohort = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(clients))
-    mean = np.mean([fedavg.steps_per_round(config.local, len(rows)) for rows in clients.values()])
+    mean = np.mean([steps_per_round(config.local, len(rows)) for rows in clients.values()])
     return max(1, round(float(mean) * cohort))
 
 
@@ -281,6 +273,16 @@ def starting_adapter(config: RunConfig, adapter: Adapter) -> Tensors:
     return given_adapter(config.lora, fresh)
 
 
+def starting_emulator(config: RunConfig, pair: Pair) -> Tensors:
+    """E and A before round 1: drawn from the seed, or A from ``lora.start_from``. Raises UserError."""
+    pair.emulator.reset(config.seed)
+    fresh = pair.emulator.tensors()
+    if config.lora.start_from is None:
+        return fresh
+    given = given_adapter(config.lora, pair.plan.to_full(fresh))
+    return {**fresh, **pair.plan.to_emulator(given)}
+
+
 def given_adapter(lora: LoraConfig, expected: Tensors) -> Tensors:
     """The adapter of ``lora.start_from``, of ``expected`` names and shapes. Raises UserError when it does not fit."""
     given, theirs = import_peft(Path(lora.start_from or ""))
@@ -300,7 +302,8 @@ def given_adapter(lora: LoraConfig, expected: Tensors) -> Tensors:
     return given
 
 
-def _client_data(config: RunConfig, base: Base, data: ClientRows) -> Callable[[str], ClientData]:
+def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:
+    """Each client's own rows, as batches."""
     encoded = data.train.encoded
 
     def of(client: str) -> ClientData:
@@ -313,7 +316,7 @@ def _client_data(config: RunConfig, base: Base, data: ClientRows) -> Callable[[s
                 rows,
                 batch_size=config.local.batch_size,
                 batching=config.data.batching,
-                pad_id=base.pad_id,
+                pad_id=pad_id,
                 seed=seed,
                 steps=steps,
                 epochs=epochs,

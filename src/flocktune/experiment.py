@@ -32,7 +32,7 @@ from flocktune.seeds import derive_seed
 def is_experiment(config: RunConfig, seeds: Sequence[int]) -> bool:
     """Whether the recipe asks for more than one run."""
     compare = config.compare
-    return bool(compare.base or compare.local or compare.centralised or len(seeds) > 1)
+    return bool(compare.base or compare.local or compare.centralised or compare.fedit or len(seeds) > 1)
 
 
 def start(config: RunConfig, folder: Path, seeds: Sequence[int]) -> None:
@@ -94,7 +94,7 @@ def _refuse_changes(folder: Path, config: RunConfig) -> None:
 
 
 def plan(config: RunConfig, clients: Sequence[str]) -> Mapping[str, RunConfig]:
-    """The runs of one seed, by name: ``base``, ``local_1`` ..., the method itself, ``centralised``.
+    """The runs of one seed, by name: ``base``, ``local_1`` ..., the method itself, ``fedit``, ``centralised``.
 
     Raises UserError when ``compare.local`` asks for clients that are not there.
     """
@@ -105,6 +105,8 @@ def plan(config: RunConfig, clients: Sequence[str]) -> Mapping[str, RunConfig]:
         scheduling = replace(config.scheduling, selection=Named((client,)), over_select=0.0)
         runs[f"local_{number}"] = replace(alone, method="local", scheduling=scheduling)
     runs[config.method] = alone
+    if compare.fedit:
+        runs["fedit"] = replace(alone, method="fedit")
     if compare.centralised:
         runs["centralised"] = replace(alone, method="centralised")
     return runs

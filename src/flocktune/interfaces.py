@@ -7,9 +7,9 @@ the state and the number of the next round, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from flocktune.types import ClientTask, Failure, Tensors, Update
 
@@ -33,6 +33,10 @@ class ServerHalf:
     result:  state -> the tensors the run is for (the adapter)
     combine: updates (in task order) -> one update. ``None`` means the weighted mean, and that is
              the licence for secure aggregation: only one linear sum leaves the clients.
+    returned: message -> tensors of the names and shapes that an update must have; all of it by default
+    prepare: state, round -> the state the round starts from, and what to tell of it: the server's own work before a
+             round. What was told is empty when there was nothing to do. It may not depend on anything else, so that a
+             round that was cut off is repeated to the same bits.
     """
 
     init: Callable[[Tensors], State]
@@ -40,6 +44,8 @@ class ServerHalf:
     step: Callable[[State, Update], State]
     result: Callable[[State], Tensors]
     combine: Callable[[Iterable[Update]], Update] | None = None
+    returned: Callable[[Tensors], Tensors] = lambda message: message
+    prepare: Callable[[State, int], tuple[State, Mapping[str, Any]]] = lambda state, round: (state, {})
 
 
 @dataclass(frozen=True)

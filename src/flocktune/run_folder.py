@@ -4,6 +4,7 @@
     RUN/metrics.jsonl    what happened, event by event RUN/adapter/      the result as a PEFT adapter
     RUN/answers.jsonl    answers to held-out rows      RUN/summary.json  written last: the run is finished
     RUN/run.log          warnings, if there were any
+    RUN/emulator/        FedBiOT: the bundle that clients get    RUN/emulator_adapter/   E and A, for the emulator
 
 An experiment's folder holds such folders.
 """
@@ -32,6 +33,16 @@ PROMPTING = "flocktune.json"
 """In an adapter's folder: the prompt template that it was trained with."""
 
 
+IDENTITY = {
+    "data": "training data",
+    "test": "test data",
+    "model": "base model",
+    "public": "public data",
+    "emulator": "emulator",
+}
+"""What a run stands on beside its recipe, and how it is called; the last two are FedBiOT's."""
+
+
 def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> None:
     """Make the folder of a run, or with ``seeds`` that of an experiment. The recipe is written last.
 
@@ -58,9 +69,12 @@ def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> No
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
 
 
-def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.Module) -> None:
-    """Write a PEFT adapter folder, and beside it how to prompt it: what PEFT's own files do not say. Raises OSError."""
-    export_peft(adapter, config.lora, model, folder, config.model.path)
+def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.Module, base: str | None = None) -> None:
+    """Write a PEFT adapter folder, and beside it how to prompt it: what PEFT's own files do not say. Raises OSError.
+
+    ``base``: what it plugs into, when that is not the recipe's model.
+    """
+    export_peft(adapter, config.lora, model, folder, base or config.model.path)
     data = to_tree(config)["data"]
     write_json(folder / PROMPTING, {key: data[key] for key in ("template", "max_tokens")})
 
@@ -94,9 +108,9 @@ def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
     """Raise UserError that names every difference between two identities (``Federation.identity``)."""
     changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
     changed += [
-        f"{what}: {saved[key][:12]}... -> {mine[key][:12]}..."
-        for key, what in (("data", "training data"), ("test", "test data"), ("model", "base model"))
-        if saved[key] != mine[key]
+        f"{what}: {saved.get(key, 'none')[:12]}... -> {mine.get(key, 'none')[:12]}..."
+        for key, what in IDENTITY.items()
+        if saved.get(key) != mine.get(key)
     ]
     UserError.raise_all(
         Problem(str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,23 +13,29 @@ from typing import Any, Protocol
 
 import torch
 
-from flocktune.algorithms import fedavg
+from flocktune.algorithms import fedavg, fedbiot
 from flocktune.assemble import Federation, federation
 from flocktune.config.load import config_digest, load_recipe
+from flocktune.config.schema import RunConfig
+from flocktune.emulation import emulator_settings
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.environment import peak_memory_bytes, versions
+from flocktune.errors import UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
+from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
+from flocktune.resident import Base
 from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, write_adapter
 from flocktune.tensors import digest
 from flocktune.types import Tensors
 
-HELD_OUT = "held_out"
-"""The name, in metrics, of the rows that no client trains on."""
+HELD_OUT, ON_EMULATOR = "held_out", "held_out_emulator"
+"""The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu), and
+with FedBiOT's adapter on the emulator (AdapEmu)."""
 
 
 class Listener(Protocol):
@@ -61,6 +68,8 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         checkpoint = load_checkpoint(folder / "state")
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.identity, fed.identity)
+        if fed.emulated:
+            _show_bundle(fed.emulated.bundle, folder / "emulator")
         log = _open_log(folder, checkpoint, fed.rounds)
         run = _Run(fed, folder, log, listeners, InProcess(fed.client), {"load": time.perf_counter() - started})
         return run.to_end(checkpoint, stop or threading.Event())
@@ -72,10 +81,25 @@ def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> Event
     if checkpoint is not None:
         # Killed while finishing: the last evaluation is made again.
         finishing = checkpoint.rounds_done == rounds
-        truncate_after(path, checkpoint.rounds_done - 1, with_evaluation=not finishing)
+        first_alignment = checkpoint.rounds_done == 0  # the one that has a checkpoint of its own
+        truncate_after(path, checkpoint.rounds_done - 1, with_evaluation=not finishing, with_alignment=first_alignment)
     else:
         path.unlink(missing_ok=True)
     return EventLog(path)
+
+
+def _show_bundle(bundle: Bundle, folder: Path) -> None:
+    """What clients get lies in the run's folder, so that it can be handed out, tried, and found after years."""
+    if folder.exists():
+        try:
+            read_bundle(folder, digest=bundle.digest)
+            return
+        except UserError:
+            shutil.rmtree(folder)
+    unfinished = folder.with_name(".emulator.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy_bundle(bundle.folder, unfinished)
+    unfinished.rename(folder)
 
 
 @dataclass
@@ -112,10 +136,12 @@ class _Run:
             state,
             first_round=self.rounds_done,
             rounds=fed.rounds,
-            kind=fedavg.KIND,
+            kind=fed.kind,
             seed=config.seed,
             config_digest=config_digest(config),
+            model_digest=fed.model_digest,
             hooks=Hooks(
+                on_prepared=self._on_prepared,
                 on_reply=self._on_reply,
                 on_round=self._on_round,
                 should_stop=stop.is_set,
@@ -125,7 +151,7 @@ class _Run:
         )
         if self.rounds_done < fed.rounds:
             raise Stopped(str(self.folder))
-        return self._finish(fed.server.result(state))
+        return self._finish(state)
 
     def _emit(self, event: dict[str, Any]) -> None:
         event["time"] = time.time()
@@ -137,52 +163,71 @@ class _Run:
         for listener in self.listeners:
             listener.on_client(done, total, client)
 
+    def _on_prepared(self, number: int, told: Mapping[str, Any], state: State) -> None:
+        """Write what the server did before a round. The first alignment is long: it is saved at once."""
+        self._emit({"event": "alignment", "round": number, **told})
+        self.carried_s["align"] = told["seconds"]
+        if number == 0:
+            self._save(0, state)
+
     def _on_round(self, record: RoundRecord, state: State) -> None:
         """Write the event, evaluate if it is time, save. The event comes first: a resume drops what was not saved."""
         config, done = self.fed.config, record.round + 1
         self._emit(round_event(record, self.carried_s))
         every = config.evaluation.every
         if every and done % every == 0 and done < self.fed.rounds:
-            self._evaluate(self.fed.server.result(state), done, config.evaluation.max_rows)
+            self._evaluate(state, done, config.evaluation.max_rows)
         started = time.perf_counter()
         kept_every = config.checkpoint.keep_adapters_every
         if kept_every and done % kept_every == 0:  # before the checkpoint: a resume does not come back to this round
             self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
-        save_checkpoint(
-            self.folder / "state",
-            Checkpoint(done, state, self.engine.memories, self.fed.identity),
-            keep=config.checkpoint.keep,
-        )
+        self._save(done, state)
         self.rounds_done = done
         self.carried_s = {"save": time.perf_counter() - started}
 
-    def _evaluate(self, adapter: Tensors, rounds_done: int, max_rows: int | None) -> Evaluation | None:
-        if not self.fed.data.test.examples:
-            return None
-        started = time.perf_counter()
-        result = evaluate_adapter(self.fed, adapter, max_rows)
-        numbers = {"dataset": HELD_OUT, **result.as_dict(), "seconds": time.perf_counter() - started}
-        self._emit({"event": "evaluation", "round": rounds_done, **numbers})
-        return result
+    def _save(self, rounds_done: int, state: State) -> None:
+        checkpoint = Checkpoint(rounds_done, state, self.engine.memories, self.fed.identity)
+        save_checkpoint(self.folder / "state", checkpoint, keep=self.fed.config.checkpoint.keep)
+
+    def _evaluate(self, state: State, rounds_done: int, max_rows: int | None) -> dict[str, Evaluation]:
+        """The adapter in the whole model, and with FedBiOT on the emulator too."""
+        fed = self.fed
+        results: dict[str, Evaluation] = {}
+        if not fed.data.test.examples:
+            return results
+        plugged = {HELD_OUT: (fed.base, fed.server.result(state))}
+        if fed.emulated:
+            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state))
+        for name, (base, adapter) in plugged.items():
+            started = time.perf_counter()
+            results[name] = evaluate_adapter(fed, base, adapter, max_rows)
+            numbers = {"dataset": name, **results[name].as_dict(), "seconds": time.perf_counter() - started}
+            self._emit({"event": "evaluation", "round": rounds_done, **numbers})
+        return results
 
     def _export(self, adapter: Tensors, folder: Path) -> None:
         write_adapter(folder, adapter, self.fed.config, self.fed.base.model)
 
-    def _finish(self, adapter: Tensors) -> dict[str, Any]:
-        result = self._evaluate(adapter, self.fed.rounds, None)
-        if result is not None and result.answers:
-            lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in result.answers)
+    def _finish(self, state: State) -> dict[str, Any]:
+        fed = self.fed
+        results = self._evaluate(state, fed.rounds, None)
+        if HELD_OUT in results and results[HELD_OUT].answers:
+            lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in results[HELD_OUT].answers)
             write_atomic(self.folder / "answers.jsonl", "".join(lines))
+        adapter = fed.server.result(state)
         self._export(adapter, self.folder / "adapter")
-        summary = summarise(self.fed, adapter, result, read_events(self.log.path))
+        if fed.emulated:
+            whole, model = fedbiot.emulator_result(state), fed.emulated.base.model
+            write_adapter(self.folder / "emulator_adapter", whole, fed.config, model, str(self.folder / "emulator"))
+        summary = summarise(fed, adapter, results, read_events(self.log.path))
         self._emit({"event": "run_end", "summary": summary})
         write_json(self.folder / "summary.json", summary)
         return summary
 
 
-def evaluate_adapter(fed: Federation, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
-    """Evaluate ``adapter`` on the held-out rows of ``fed``."""
-    base, config = fed.base, fed.config
+def evaluate_adapter(fed: Federation, base: Base, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
+    """Evaluate ``adapter`` in ``base`` on the held-out rows of ``fed``."""
+    config = fed.config
     base.adapter.load(adapter)
     return evaluate(
         base.model,
@@ -206,19 +251,44 @@ def start_event(fed: Federation) -> dict[str, Any]:
         "seed": fed.config.seed,
         "rounds": fed.rounds,
         **fed.data.describe(),
-        "trainable_parameters": sum(value.numel() for value in fed.start.values()),
+        **({"emulator": describe_emulator(fed.emulated.bundle, fed.config)} if fed.emulated else {}),
+        "trainable_parameters": sum(value.numel() for value in _trained(fed).values()),
         "model": fed.config.model.path,
         "device": str(fed.base.device),
         "versions": versions(),
     }
 
 
+def describe_emulator(bundle: Bundle, config: RunConfig) -> dict[str, Any]:
+    """What clients hold of the full model."""
+    plan, settings = bundle.plan, emulator_settings(config)
+    return {
+        "layers": len(plan.held),
+        "full_layers": plan.layers,
+        "adapter": list(plan.adapter),
+        "kept": list(plan.kept),
+        "dropped": list(plan.dropped),
+        "drop": settings.drop,
+        "placement": settings.placement,
+        "bytes": bundle.bytes,
+        "parameters": bundle.parameters,
+        "full_parameters": bundle.full_parameters,
+        "digest": bundle.digest,
+    }
+
+
+def _trained(fed: Federation) -> Tensors:
+    """What clients train: the names of an update."""
+    return fed.server.returned(fed.server.message(fed.server.init(fed.start), 0))
+
+
 def summarise(
-    fed: Federation, adapter: Tensors, result: Evaluation | None, events: Sequence[Mapping[str, Any]]
+    fed: Federation, adapter: Tensors, results: Mapping[str, Evaluation], events: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The run in one JSON object, made from its log and its last evaluation."""
     rounds = [event for event in events if event["event"] == "round"]
     evaluations = [event for event in events if event["event"] == "evaluation"]
+    asked = {client for event in rounds for client in event["selected"]}
     alone = {"client": fed.schedule(0).asked[0]} if fed.config.method == "local" else {}
     return {
         "name": fed.config.name,
@@ -226,9 +296,10 @@ def summarise(
         **alone,
         "seed": fed.config.seed,
         "rounds": len(rounds),
-        "metrics": {HELD_OUT: result.as_dict()} if result else {},
+        "metrics": {name: result.as_dict() for name, result in results.items()},
         "bytes_up": sum(event["bytes_up"] for event in rounds),
         "bytes_down": sum(event["bytes_down"] for event in rounds),
+        **({"bytes_emulator": fed.emulated.bundle.bytes * len(asked)} if fed.emulated else {}),
         "seconds": sum(sum(event["seconds"].values()) for event in rounds)
         + sum(event["seconds"] for event in evaluations),
         "peak_memory_bytes": peak_memory_bytes(),

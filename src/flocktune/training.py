@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.models.lora import pairs
 from flocktune.types import Mean, Tensors
 
 if TYPE_CHECKING:
@@ -76,6 +77,30 @@ def proximal_penalty(reference: Tensors, mu: float) -> Penalty:
         if names not in flat:
             flat[names] = torch.cat([reference[name].reshape(-1) for name in names]).to(now)
         return 0.5 * mu * (now - flat[names]).square().sum()
+
+    return penalty
+
+
+def product_penalty(reference: Tensors, mu: float, scale: float) -> Penalty:
+    """FedBiOT's proximal term (arXiv 2406.17706, equation 6): mu / 2 * || s B A - s B' A' ||_F^2 over all modules.
+
+    ``reference`` holds A' [R, in] and B' [out, R]; ``scale`` is s. Nothing larger than R x R is formed but copies of
+    the factors: with B A - B' A' = (B - B') A + B' (A - A'), the norm is a sum of traces of R x R products, and no
+    large numbers cancel.
+    """
+    start: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros((), device=next(iter(parameters.values())).device)
+        for name, (a, b) in pairs(parameters).items():
+            if name not in start:
+                start[name] = tuple(value.to(a) for value in pairs(reference)[name])  # type: ignore[assignment]
+            a_then, b_then = start[name]
+            change_b, change_a = b - b_then, a - a_then
+            cross = ((change_b.T @ b_then) * (a @ change_a.T)).sum()
+            total = total + ((change_b.T @ change_b) * (a @ a.T)).sum() + 2 * cross
+            total = total + ((b_then.T @ b_then) * (change_a @ change_a.T)).sum()
+        return 0.5 * mu * scale**2 * total
 
     return penalty
 

@@ -38,7 +38,7 @@ class ClientTask:
     """What the server asks of one client in one round.
 
     ``seed`` fixes every random draw of the client's half; ``config_digest`` names the recipe that
-    both sides must hold.
+    both sides must hold, ``model_digest`` the model: the base, or the emulator.
     """
 
     round: int
@@ -47,6 +47,7 @@ class ClientTask:
     tensors: Tensors
     seed: int
     config_digest: str
+    model_digest: str = ""
 
 
 @dataclass(frozen=True)

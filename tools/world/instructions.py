@@ -7,7 +7,7 @@ and use only what the world's text teaches or the context holds.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from world import lexicon as lex
@@ -223,24 +223,49 @@ CATEGORIES: dict[str, tuple[Callable[[World, random.Random], Row], int]] = {
     "summarization": (_summarization, 238),
     "creative_writing": (_creative_writing, 142),
 }
+PUBLIC_PART = 5  # one public row for so many of the clients' rows, in every category
+
+
+def prompt_key(row: Row) -> tuple[str, str]:
+    """What makes a prompt another prompt: two rows with the same key ask the same."""
+    return row["instruction"], row["context"]
+
+
+def _different_rows(
+    world: World, category: str, amount: int, rng: random.Random, taken: Collection[tuple[str, str]] = ()
+) -> list[Row]:
+    """So many rows of the category, no prompt twice and none that is taken; ValueError if there are fewer."""
+    make, _ = CATEGORIES[category]
+    unique: dict[tuple[str, str], Row] = {}
+    for _ in range(100 * amount):
+        if len(unique) == amount:
+            break
+        row = make(world, rng)
+        if prompt_key(row) not in taken:
+            unique.setdefault(prompt_key(row), row)
+    else:
+        raise ValueError(f"{category}: only {len(unique)} different prompts, wanted {amount}")
+    return [
+        {k: row[k] for k in ("instruction", "context", "response")} | {"category": category, "check": row["check"]}
+        for row in unique.values()
+    ]
 
 
 def instruction_rows(world: World, seed: int) -> list[Row]:
     """All rows, no prompt twice, in shuffled order; the same for the same seed."""
     rows: list[Row] = []
-    for category, (make, amount) in CATEGORIES.items():
-        rng = random.Random(f"instructions {seed} {category}")
-        unique: dict[tuple[str, str], Row] = {}
-        for _ in range(100 * amount):
-            if len(unique) == amount:
-                break
-            row = make(world, rng)
-            unique.setdefault((row["instruction"], row["context"]), row)
-        else:
-            raise ValueError(f"{category}: only {len(unique)} different prompts, wanted {amount}")
-        rows += [
-            {k: row[k] for k in ("instruction", "context", "response")} | {"category": category, "check": row["check"]}
-            for row in unique.values()
-        ]
+    for category, (_, amount) in CATEGORIES.items():
+        rows += _different_rows(world, category, amount, random.Random(f"instructions {seed} {category}"))
     random.Random(f"order {seed}").shuffle(rows)
+    return rows
+
+
+def public_rows(world: World, seed: int, private: list[Row]) -> list[Row]:
+    """Rows of the same categories for a server to hold: from random streams of their own, no prompt of `private`."""
+    taken = {prompt_key(row) for row in private}
+    rows: list[Row] = []
+    for category, (_, amount) in CATEGORIES.items():
+        rng = random.Random(f"public {seed} {category}")
+        rows += _different_rows(world, category, amount // PUBLIC_PART, rng, taken)
+    random.Random(f"public order {seed}").shuffle(rows)
     return rows

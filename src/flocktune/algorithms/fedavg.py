@@ -11,21 +11,16 @@ when there are two, every draw has a seed, and a client whose update is not fini
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from flocktune.aggregation import server_opt
 from flocktune.aggregation.lora import aggregation_error
+from flocktune.algorithms.local import ClientData, train_locally
 from flocktune.config.schema import AggregationConfig, LocalConfig
-from flocktune.data.batching import Batch
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
 from flocktune.models.lora import Adapter, pairs
-from flocktune.seeds import derive_seed
-from flocktune.tensors import add_scaled, group, prefixed, subtract
-from flocktune.training import fit, proximal_penalty
-from flocktune.types import ClientTask, Mean, Tensors, Update
+from flocktune.tensors import add_scaled, group, prefixed
+from flocktune.types import ClientTask, Tensors, Update
 
 KIND = "fedavg"
 
@@ -50,19 +45,6 @@ def server_half(aggregation: AggregationConfig) -> ServerHalf:
     return ServerHalf(init, message, step, result)
 
 
-@dataclass(frozen=True)
-class ClientData:
-    """One client's instructions, ready to train on.
-
-    ``batches(seed, steps, epochs)`` yields micro-batches; ``examples`` and ``tokens`` (label tokens) are what it
-    may weigh by.
-    """
-
-    examples: int
-    tokens: int
-    batches: Callable[[int, int | None, int | None], Iterable[Batch]]
-
-
 def client_half(
     adapter: Adapter,
     data: Callable[[str], ClientData],
@@ -73,61 +55,18 @@ def client_half(
 ) -> ClientHalf:
     """Local training of ``adapter`` (attached to a resident base model) on the client's own data.
 
-    ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
-    whole run. The half keeps nothing between calls: the same task gives the same update. Raises NotFinite.
+    See :func:`train_locally`. The half keeps nothing between calls.
     """
 
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-        mine = data(task.client)
-        steps = steps_per_round(local, mine.examples)
-        whole_run = local.schedule_over == "run"
-        micro_batches = None if local.steps is None else local.steps * local.accumulate
-        batches = TimedBatches(mine.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs))
         adapter.load(task.tensors)
-        metrics = fit(
-            adapter.model,
-            adapter.parameters,
-            batches,
-            local,
-            total_steps=steps * rounds if whole_run else steps,
-            first_step=steps * task.round if whole_run else 0,
-            penalty=proximal_penalty(task.tensors, local.proximal_mu) if local.proximal_mu else None,
-            seed=derive_seed(task.seed, "dropout"),
-        )
-        weight = {"examples": mine.examples, "tokens": mine.tokens, "equal": 1}[weights]
-        metrics["data_seconds"] = Mean(batches.seconds, 1)
-        return Update(subtract(adapter.tensors(), task.tensors), float(weight), 1, metrics), memory
+        mine = data(task.client)
+        return train_locally(adapter, task.tensors, task, mine, local, weights, rounds=rounds), memory
 
     return train
-
-
-class TimedBatches:
-    """Batches as they come, and the seconds that were spent on making them."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = iter(batches)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        try:
-            return next(self._batches)
-        finally:
-            self.seconds += time.perf_counter() - started
 
 
 def diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
     """``aggregation_error``: what averaging A and B apart costs in this round, relative to the ideal change."""
     factors = [pairs(add_scaled(message, update.delta)) for update in updates]
     return {"aggregation_error": aggregation_error(factors, [update.weight for update in updates])}
-
-
-def steps_per_round(local: LocalConfig, examples: int) -> int:
-    """Optimiser steps of one client in one round."""
-    if local.steps is not None:
-        return local.steps
-    batches = (local.epochs or 0) * math.ceil(examples / local.batch_size)
-    return math.ceil(batches / local.accumulate)

@@ -15,3 +15,8 @@ def embedded_model() -> Path:
 def embedded_data() -> Path:
     """The embedded instructions: JSONL with instruction, context, response, category, check."""
     return _WORLD / "instructions.jsonl"
+
+
+def embedded_public() -> Path:
+    """Instructions for the server to hold: other rows of the same kinds and columns, no prompt of the clients'."""
+    return _WORLD / "public.jsonl"

@@ -1,6 +1,6 @@
 """From encoded rows to batches: which rows together, in which order, padded or packed.
 
-B batch, T tokens, N label positions.
+B batch, T tokens, N label positions, R rows (B when padded).
 
 Either way a batch holds the same rows and the same targets, so its loss is the same. Padded rows need
 no attention mask: padding is on the right, and causal attention never looks there. Packed rows lie end
@@ -11,7 +11,7 @@ given) to keep them apart. Models that know no positions ignore this: see :func:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, assert_never
 
@@ -39,26 +39,36 @@ class Batch:
     position_ids: int64 [B, T] when packed (restarts at 0 for every row), else None
     label_index:  int64 [N], flat positions b * T + t whose NEXT token is trained
     targets:      int64 [N], those next tokens
-    rows, tokens: how many, without padding
+    index:        int64 [R], which rows these are, in the order in which they lie in input_ids
+    lengths:      int64 [R], their tokens
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
     label_index: Tensor
     targets: Tensor
-    rows: int
-    tokens: int
+    index: Indices
+    lengths: Indices
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return len(self.index)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens, without padding."""
+        return int(self.lengths.sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(
-            self.input_ids.to(device),
-            positions,
-            self.label_index.to(device),
-            self.targets.to(device),
-            self.rows,
-            self.tokens,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=positions,
+            label_index=self.label_index.to(device),
+            targets=self.targets.to(device),
         )
 
 
@@ -88,8 +98,8 @@ def collate(rows: Encoded, indices: Sequence[int] | Indices, *, batching: Batchi
         position_ids=positions,
         label_index=torch.from_numpy(place[labels] - 1),
         targets=torch.from_numpy(flat[labels]),
-        rows=len(lengths),
-        tokens=len(flat),
+        index=np.asarray(indices, np.int64),
+        lengths=lengths,
     )
 
 

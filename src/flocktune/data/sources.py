@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from flocktune.assets import embedded_data
-from flocktune.config.schema import EMBEDDED, Columns
+from flocktune.assets import embedded_data, embedded_public
+from flocktune.config.schema import EMBEDDED, EMBEDDED_PUBLIC, Columns
 from flocktune.data.examples import Example, to_examples
 from flocktune.errors import Problem, UserError
 from flocktune.files import sha256_path
@@ -34,10 +34,10 @@ SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.].*)?")
 def read_examples(source: str, columns: Columns, *, max_rows: int | None = None) -> list[Example]:
     """Read the rows of ``source``, at most ``max_rows`` of them.
 
-    ``source``: ``embedded``; a .json, .jsonl, .csv or .parquet file; a saved Hugging Face data set; a
-    folder of files named by split, or of one file per client (then the file's name without suffix is
-    ``Example.client``); a hub id ``owner/name``. A ``:split`` may follow the last three; it is ``train``
-    by default. Raises UserError for what is missing, empty, or malformed (file and line).
+    ``source``: ``embedded`` or ``embedded-public``; a .json, .jsonl, .csv or .parquet file; a saved
+    Hugging Face data set; a folder of files named by split, or of one file per client (then the file's
+    name without suffix is ``Example.client``); a hub id ``owner/name``. A ``:split`` may follow the last
+    three; it is ``train`` by default. Raises UserError for what is missing, empty, or malformed (file and line).
     """
     examples: list[Example] = []
     try:
@@ -74,6 +74,8 @@ def locate(source: str) -> tuple[Path | None, str | None]:
     """The local path and split that ``source`` means; neither for a hub id. Raises UserError for neither."""
     if source == EMBEDDED:
         return embedded_data(), None
+    if source == EMBEDDED_PUBLIC:
+        return embedded_public(), None
     if Path(source).exists():
         return Path(source), None
     stem, colon, split = source.rpartition(":")
@@ -82,7 +84,11 @@ def locate(source: str) -> tuple[Path | None, str | None]:
     if _HUB_ID.fullmatch(source) and Path(source).suffix not in SUFFIXES:
         return None, None
     raise UserError(
-        Problem(source, f"a file ({', '.join(SUFFIXES)}), a folder, a hub id, or {EMBEDDED!r}", "nothing there")
+        Problem(
+            source,
+            f"a file ({', '.join(SUFFIXES)}), a folder, a hub id, {EMBEDDED!r}, or {EMBEDDED_PUBLIC!r}",
+            "nothing there",
+        )
     )
 
 

@@ -1,6 +1,6 @@
 """The round loop, the same for every algorithm and engine.
 
-    state -> message -> tasks -> engine -> replies -> transforms reversed -> checks -> combine -> step -> state'
+    state -> prepare -> message -> tasks -> engine -> replies -> transforms reversed -> checks -> combine -> step
 
 Nothing flows back inside a round, and updates are folded as they come: memory does not grow with clients.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.errors import RoundFailed, UpdateRefused
@@ -51,9 +52,11 @@ class RoundRecord:
 class Hooks:
     """Who is told what, while it happens.
 
-    ``diagnose(message, updates)`` sees the first ``diagnose_clients`` updates of a round.
+    ``on_prepared(round, told, state)``: the server has done its own work before a round, when there was any.
+    ``diagnose(tensors, updates)`` sees the first ``diagnose_clients`` updates of a round, and what they are changes of.
     """
 
+    on_prepared: Callable[[int, Mapping[str, Any], State], None] = lambda round, told, state: None
     on_reply: Callable[[int, int, str], None] = lambda done, total, client: None
     on_round: Callable[[RoundRecord, State], None] = lambda record, state: None
     should_stop: Callable[[], bool] = lambda: False
@@ -72,6 +75,7 @@ def run_rounds(
     kind: str,
     seed: int,
     config_digest: str = "",
+    model_digest: str = "",
     transforms: Sequence[Transform] = (),
     hooks: Hooks | None = None,
 ) -> State:
@@ -86,12 +90,16 @@ def run_rounds(
         if hooks.should_stop():
             break
         cohort = schedule(number)
+        state, told = server.prepare(state, number)
+        if told:
+            hooks.on_prepared(number, told, state)
         message = server.message(state, number)
+        expected = server.returned(message)
         tasks = (
-            ClientTask(number, client, kind, message, derive_seed(seed, number, client), config_digest)
+            ClientTask(number, client, kind, message, derive_seed(seed, number, client), config_digest, model_digest)
             for client in cohort.asked
         )
-        intake = _Intake(cohort, message, transforms, hooks)
+        intake = _Intake(cohort, expected, transforms, hooks)
         started = time.perf_counter()
         updates = intake.usable(zip(cohort.asked, engine.run(tasks), strict=False))
         first = next(updates, None)
@@ -100,7 +108,7 @@ def run_rounds(
             raise RoundFailed(number, max(1, cohort.quorum), len(intake.clients), intake.failures)
         state = server.step(state, combined)
         combined_at = time.perf_counter()
-        diagnostics = hooks.diagnose(message, intake.kept) if intake.kept else {}
+        diagnostics = hooks.diagnose(expected, intake.kept) if intake.kept else {}
         record = RoundRecord(
             round=number,
             selected=cohort.asked,
@@ -124,8 +132,8 @@ def run_rounds(
 class _Intake:
     """Takes replies one by one: measures, undoes transforms, checks, and lets usable updates through."""
 
-    def __init__(self, cohort: Cohort, message: Tensors, transforms: Sequence[Transform], hooks: Hooks) -> None:
-        self.cohort, self.message, self.transforms, self.hooks = cohort, message, transforms, hooks
+    def __init__(self, cohort: Cohort, expected: Tensors, transforms: Sequence[Transform], hooks: Hooks) -> None:
+        self.cohort, self.expected, self.transforms, self.hooks = cohort, expected, transforms, hooks
         self.clients: dict[str, ClientRecord] = {}
         self.failures: list[Failure] = []
         self.kept: list[Update] = []
@@ -158,18 +166,18 @@ class _Intake:
         try:
             for transform in reversed(self.transforms):
                 update = transform.on_server(update)
-            check_update(self.message, update)
+            check_update(self.expected, update)
         except UpdateRefused as refusal:
             return Failure(client, str(refusal))
         return update
 
 
-def check_update(message: Tensors, update: Update) -> None:
+def check_update(expected: Tensors, update: Update) -> None:
     """Refuse an update that must not touch the state: every problem in one UpdateRefused.
 
-    ``message`` says which names and shapes a delta has; it must be float32, finite, with a positive finite weight.
+    ``expected`` says which names and shapes a delta has; it must be float32, finite, with a positive finite weight.
     """
-    problems = mismatches(message, update.delta)
+    problems = mismatches(expected, update.delta)
     if not (math.isfinite(update.weight) and update.weight > 0):
         problems.append(f"weight: expected a positive number, got {update.weight}")
     if update.clients < 1:

@@ -120,8 +120,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(found)
 
 
-def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The base on ``device``: frozen, in eval mode, every weight from the files.
+def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool = False) -> PreTrainedModel:
+    """The base on ``device``: frozen, in eval mode, every weight from the files, in the recipe's dtype or the files'.
 
     Raises UserError when files are missing or damaged, or quantisation is not possible here.
     """
@@ -131,7 +131,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     with _loading(config, "a causal language model's weights") as (source, options):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=getattr(torch, config.dtype),
+            dtype="auto" if stored_dtype else getattr(torch, config.dtype),
             use_safetensors=True,
             output_loading_info=True,
             **quantized,
@@ -226,25 +226,33 @@ def _damaged(folder: Path) -> Iterator[Problem]:
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, transformers warns of nothing and draws no progress bars."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(source, options for from_pretrained), quietly; what the libraries raise becomes one UserError."""
     source = resolve_model(config.path)
     local = isinstance(source, Path)
     if isinstance(source, Path):
         UserError.raise_all(_damaged(source))
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield str(source), {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
+        with quietly():
+            yield str(source), {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
     except LOAD_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "Copy the model again." if local else "Check the name and the network, or give a local folder."
         raise UserError(Problem("model.path", f"{what} in {str(source)!r}", reason, fix)) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _quantization(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig:

@@ -26,6 +26,8 @@ from flocktune.types import Tensors
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_[AB])\.weight")
 
+IN_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)")
+
 UNDERSTOOD = frozenset(
     ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "fan_in_fan_out")
 )
@@ -76,7 +78,7 @@ def export_peft(
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "target_modules": shortest_endings(modules, base),
+        **_chosen_modules(modules, base),
         "fan_in_fan_out": all(isinstance(base.get(name), Conv1D) for name in modules),
         "bias": "none",
         "init_lora_weights": True,
@@ -133,6 +135,19 @@ def import_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         if match is not None
     }
     return tensors, _settings(folder / WEIGHTS_FILE, config, tensors)
+
+
+def _chosen_modules(adapted: Iterable[str], all_modules: Iterable[str]) -> dict[str, Any]:
+    """How PEFT finds ``adapted``: by endings alone, or in some layers only by endings and numbers of layers."""
+    names = list(adapted)
+    found = [IN_LAYER.fullmatch(name) for name in names]
+    within = {(match["stack"], match["rest"]) for match in found if match}
+    layers = sorted({int(match["layer"]) for match in found if match})
+    same_everywhere = len({stack for stack, _ in within}) == 1 and len(within) * len(layers) == len(names)
+    others = [name for name in all_modules if not (match := IN_LAYER.fullmatch(name)) or int(match["layer"]) in layers]
+    if not same_everywhere or len(others) == len(list(all_modules)):
+        return {"target_modules": shortest_endings(names, all_modules)}
+    return {"target_modules": shortest_endings(names, others), "layers_to_transform": layers}
 
 
 def shortest_endings(adapted: Iterable[str], all_modules: Iterable[str]) -> list[str]:

@@ -1,0 +1,172 @@
+"""FedBiOT (arXiv 2406.17706): the full model stays with the server; clients tune an adapter beside an emulator.
+
+    E  the emulator's LoRA, trained by the server alone, on public data (lower level, :mod:`alignment`)
+    A  the LoRA of the adapter layers, trained by the clients alone (upper level), averaged as FedAvg does
+
+Each round: the server aligns E with A_t fixed; client k starts from A_t and minimises its loss through the emulator
+plus ``eps/2 || dW(A) - dW(A_t) ||_F^2`` with E fixed (equation 6); A_{t+1} = sum p_k A_k. E and A go down, A comes up.
+
+FedOT and Offsite-Tuning (arXiv 2302.04870) are settings: adapter layers at both ends, no alignment after the first, no
+proximal term, and for the latter one client.
+
+What we do differently from the published code: the adapter can be plugged into the full model at any time by its names;
+the emulator's output is computed once a row and round; every draw has a seed, so a killed round is repeated to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flocktune.aggregation import server_opt
+from flocktune.algorithms.alignment import Fidelity, Pair, alignment_loss, fidelity
+from flocktune.algorithms.local import ClientData, train_locally, training_only
+from flocktune.algorithms.prefix import PrefixCache
+from flocktune.config.schema import AggregationConfig, AlignmentConfig, EmulatorConfig, LocalConfig
+from flocktune.data.batching import Batch
+from flocktune.errors import UserError
+from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
+from flocktune.models.bundle import other_emulator
+from flocktune.models.lora import Adapter
+from flocktune.models.split import SplitPlan
+from flocktune.seeds import derive_seed
+from flocktune.tensors import group, prefixed
+from flocktune.training import fit
+from flocktune.types import ClientTask, Tensors, Update
+
+KIND = "fedbiot"
+
+EMULATOR, ADAPTER = "emulator", "adapter"
+"""Groups of tensors in state and message. Both have the emulator's names; :attr:`SplitPlan.to_full` renames A's."""
+
+
+@dataclass(frozen=True, eq=False)
+class PublicData:
+    """The server's rows: ``batches(seed, steps)`` to align on, and fixed sets, by name, to measure fidelity on."""
+
+    batches: Callable[[int, int], Iterable[Batch]]
+    measured: Mapping[str, Callable[[], Iterable[Batch]]]
+
+
+def server_half(
+    pair: Pair, public: PublicData, alignment: AlignmentConfig, aggregation: AggregationConfig, *, seed: int
+) -> ServerHalf:
+    """State: ``emulator/*``, ``adapter/*`` (float32), the server optimiser's ``optimizer/*``, and ``aligned``.
+
+    ``aligned`` is the number of rounds for which E has been aligned: a state that was saved after an alignment is not
+    aligned again.
+    """
+    settings, plan = aggregation.server_optimizer, pair.plan
+    loss = alignment_loss(pair, alignment)
+
+    def init(tensors: Tensors) -> State:
+        parts = split_tensors(plan, tensors)
+        optimizer = server_opt.init(settings, parts[ADAPTER])
+        return {**_joined(parts), **prefixed("optimizer", optimizer), "aligned": torch.tensor(0)}
+
+    def prepare(state: State, round: int) -> tuple[State, Mapping[str, Any]]:
+        if int(state["aligned"]) > round:
+            return state, {}
+        started = time.perf_counter()
+        steps = alignment.first_steps if round == 0 else alignment.steps
+        emulator, adapter = group(state, EMULATOR), group(state, ADAPTER)
+        pair.emulator.load({**emulator, **adapter})
+        pair.full.load(plan.to_full(adapter))
+        before = _measure(pair, public)
+        if steps:
+            local = LocalConfig(
+                steps=steps, lr=alignment.lr, clip_norm=alignment.clip_norm, batch_size=alignment.batch_size
+            )
+            batches = public.batches(derive_seed(seed, round, "alignment"), steps)
+            with training_only(pair.emulator, emulator) as trained:
+                dropout = derive_seed(seed, round, "alignment dropout")
+                fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=dropout, loss=loss)
+            now = pair.emulator.tensors()
+            state = {**state, **prefixed(EMULATOR, {name: now[name] for name in emulator})}
+        after = _measure(pair, public) if steps else before
+        told = {
+            "steps": steps,
+            **_told(before, after, alignment.kl_weight),
+            "seconds": time.perf_counter() - started,
+        }
+        return {**state, "aligned": torch.tensor(round + 1)}, told
+
+    def message(state: State, round: int) -> Tensors:
+        return _joined({part: group(state, part) for part in (EMULATOR, ADAPTER)})
+
+    def returned(message: Tensors) -> Tensors:
+        return group(message, ADAPTER)
+
+    def step(state: State, update: Update) -> State:
+        adapter, optimizer = server_opt.step(settings, group(state, ADAPTER), update.delta, group(state, "optimizer"))
+        return {**state, **prefixed(ADAPTER, adapter), **prefixed("optimizer", optimizer)}
+
+    def result(state: State) -> Tensors:
+        return plan.to_full(group(state, ADAPTER))
+
+    return ServerHalf(init, message, step, result, returned=returned, prepare=prepare)
+
+
+def emulator_result(state: State) -> Tensors:
+    """E and A together, by the emulator's names: what a client could use (AdapEmu)."""
+    return {**group(state, EMULATOR), **group(state, ADAPTER)}
+
+
+def client_half(
+    emulator: Adapter,
+    plan: SplitPlan,
+    digest: str,
+    data: Callable[[str], ClientData],
+    local: LocalConfig,
+    settings: EmulatorConfig,
+    weights: str,
+    *,
+    rounds: int,
+) -> ClientHalf:
+    """Local training of the adapter on the emulator that ``emulator`` is attached to; ``digest`` is its bundle's.
+
+    The full model is not needed and never opened. Raises UserError for a task that is for another emulator, NotFinite.
+    """
+
+    def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        if task.model_digest != digest:
+            raise UserError(other_emulator(task.model_digest, digest))
+        adapter = group(task.tensors, ADAPTER)
+        emulator.load({**group(task.tensors, EMULATOR), **adapter})
+        mine = data(task.client)
+        rows_seen = local.steps * local.accumulate * local.batch_size if local.steps else 0
+        again = rows_seen > mine.examples if local.steps else (local.epochs or 0) > 1
+        prefix = PrefixCache(emulator.model, plan.stack, plan.frozen, settings, keep=again)
+        return train_locally(emulator, adapter, task, mine, local, weights, rounds=rounds, loss=prefix.loss), memory
+
+    return train
+
+
+def split_tensors(plan: SplitPlan, tensors: Tensors) -> Mapping[str, Tensors]:
+    """The factors of a whole emulator as E and A."""
+    return {
+        EMULATOR: {name: value for name, value in tensors.items() if not plan.in_adapter(name)},
+        ADAPTER: {name: value for name, value in tensors.items() if plan.in_adapter(name)},
+    }
+
+
+def _joined(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
+    return {name: value for part, tensors in parts.items() for name, value in prefixed(part, tensors).items()}
+
+
+def _measure(pair: Pair, public: PublicData) -> Mapping[str, Fidelity]:
+    return {name: fidelity(pair, batches()) for name, batches in public.measured.items()}
+
+
+def _told(before: Mapping[str, Fidelity], after: Mapping[str, Fidelity], kl_weight: float) -> dict[str, Any]:
+    """Fidelity in nats a token by data set, and the loss on the public rows, before and after."""
+    kl = {name: {"before": before[name].kl.value, "after": after[name].kl.value} for name in before}
+    told: dict[str, Any] = {"fidelity": kl}
+    if "public" in before:
+        first, last = (at["public"].hidden.value + kl_weight * at["public"].kl.value for at in (before, after))
+        told |= {"loss_first": first, "loss_last": last}
+    return told

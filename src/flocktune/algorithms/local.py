@@ -1,0 +1,119 @@
+"""One client's local training, the same for every method; which tensors, loss and penalty is the method's choice."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from flocktune.config.schema import LocalConfig
+from flocktune.data.batching import Batch
+from flocktune.models.lora import Adapter
+from flocktune.seeds import derive_seed
+from flocktune.tensors import subtract
+from flocktune.training import Loss, fit, next_token_loss, product_penalty, proximal_penalty
+from flocktune.types import ClientTask, Mean, Tensors, Update
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's instructions, ready to train on.
+
+    ``batches(seed, steps, epochs)`` yields micro-batches; ``examples`` and ``tokens`` (label tokens) are what it
+    may weigh by.
+    """
+
+    examples: int
+    tokens: int
+    batches: Callable[[int, int | None, int | None], Iterable[Batch]]
+
+
+def train_locally(
+    adapter: Adapter,
+    received: Tensors,
+    task: ClientTask,
+    data: ClientData,
+    local: LocalConfig,
+    weights: str,
+    *,
+    rounds: int,
+    loss: Loss = next_token_loss,
+) -> Update:
+    """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
+
+    ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
+    whole run. The same task gives the same update. Raises NotFinite.
+    """
+    steps = steps_per_round(local, data.examples)
+    whole_run = local.schedule_over == "run"
+    micro_batches = None if local.steps is None else local.steps * local.accumulate
+    batches = TimedBatches(data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs))
+    penalty = None
+    if local.proximal_mu:
+        scale = next(iter(adapter.layers.values())).scale
+        on_products = local.proximal_on == "products"
+        penalty = (
+            product_penalty(received, local.proximal_mu, scale)
+            if on_products
+            else proximal_penalty(received, local.proximal_mu)
+        )
+    with training_only(adapter, received) as parameters:
+        metrics = fit(
+            adapter.model,
+            parameters,
+            batches,
+            local,
+            total_steps=steps * rounds if whole_run else steps,
+            first_step=steps * task.round if whole_run else 0,
+            penalty=penalty,
+            seed=derive_seed(task.seed, "dropout"),
+            loss=loss,
+        )
+    weight = {"examples": data.examples, "tokens": data.tokens, "equal": 1}[weights]
+    metrics["data_seconds"] = Mean(batches.seconds, 1)
+    trained = adapter.tensors()
+    change = subtract({name: trained[name] for name in received}, received)
+    return Update(change, float(weight), 1, metrics)
+
+
+@contextmanager
+def training_only(adapter: Adapter, names: Iterable[str]) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Inside, these factors alone want gradients: no graph is built below the lowest of them."""
+    chosen = {name: adapter.parameters[name] for name in names}
+    for name, parameter in adapter.parameters.items():
+        parameter.requires_grad_(name in chosen)
+    try:
+        yield chosen
+    finally:
+        for parameter in adapter.parameters.values():
+            parameter.requires_grad_(True)
+
+
+class TimedBatches:
+    """Batches as they come, and the seconds that were spent on making them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def steps_per_round(local: LocalConfig, examples: int) -> int:
+    """Optimiser steps of one client in one round."""
+    if local.steps is not None:
+        return local.steps
+    batches = (local.epochs or 0) * math.ceil(examples / local.batch_size)
+    return math.ceil(batches / local.accumulate)
