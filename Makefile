@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with everything, development tools too
 # make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
+# make study   the tables of the papers in small: recipes/study_*.yaml, over three seeds; goes on where it was stopped
 # make test    all tests
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 0
 OUT ?= runs/demo
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo study test lint bench clean
 
 setup: $(VENV)/.done
 
@@ -23,6 +24,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	rm -rf "$(OUT)"
 	$(BIN)/flocktune run recipes/demo.yaml --out "$(OUT)" --seeds $(SEEDS)
+
+study: setup
+	$(BIN)/flocktune study recipes/study_fedit.yaml
+	$(BIN)/flocktune study recipes/study_fedbiot.yaml
 
 test: setup
 	$(BIN)/python -m pytest

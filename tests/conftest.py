@@ -110,7 +110,7 @@ def cli(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Said]:
     """``flocktune ARGUMENTS`` in this process. What files hold is read anew every time, as a new process would."""
-    from flocktune import assemble
+    from flocktune import resident
     from flocktune.cli import main
 
     def run(*arguments: object) -> Said:

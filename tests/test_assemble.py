@@ -11,12 +11,13 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from conftest import World, write_rows
 from flocktune import api
-from flocktune.assemble import EVERYONE, allocate_clients, centralised_steps, federation, load_base
+from flocktune.assemble import EVERYONE, allocate_clients, centralised_steps, federation
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import LocalConfig, ModelConfig, Named, RunConfig
 from flocktune.errors import UserError
 from flocktune.estimate import estimate
 from flocktune.experiment import plan
+from flocktune.resident import load_base
 from flocktune.tensors import digest
 from flocktune.wire import encoded_size
 from tiny_models import tiny_tokenizer

@@ -18,17 +18,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from flocktune.errors import UserError
-from flocktune.report import charts, grids, svg, tables
+from flocktune.report import charts, emulator, grids, svg, tables
 from flocktune.report.events import EventLog, read_events, truncate_after
 from flocktune.report.html import write_holdings, write_report
 from flocktune.report.live import LiveView
 from flocktune.report.outcome import outcome
 from flocktune.report.runs import load_experiment, load_run
-from flocktune.report.summaries import Value, combine_seeds, metric
+from flocktune.report.summaries import Value, combine_seeds, datasets, metric, plug_in_gap
+from flocktune.report.trackers import Trackers
 
 CATEGORIES = ["brainstorming", "classification", "closed_qa", "creative_writing", "general_qa",
               "information_extraction", "open_qa", "summarization"]  # fmt: skip
 QUALITY = {"base": 0.08, "local_1": 0.34, "local_2": 0.41, "local_3": 0.37, "fedit": 0.62, "centralised": 0.69}
+PLUGGED, EMULATED = 0.55, 0.38  # FedBiOT: the adapter on the full model, and on the emulator
 
 
 # --- a made-up federation ---------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def write_run(
     folder.mkdir(parents=True)
     noise = random.Random(f"{method}{seed}")
     log = EventLog(folder / "metrics.jsonl")
-    federated = method == "fedit"
+    federated = method in ("fedit", "fedbiot")
     rounds = 0 if method == "base" else rounds
     done = rounds if done is None else done
     names = [f"client-{number}" for number in range(1, clients + 1)]
@@ -88,7 +90,7 @@ def write_run(
             "versions": {"python": "3.11.7", "flocktune": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         }
     )
-    final = QUALITY[method] + noise.uniform(-0.02, 0.02)
+    final = QUALITY.get(method, PLUGGED) + noise.uniform(-0.02, 0.02)
     log.append(evaluation_at(0, QUALITY["base"], checked, noise))
     for number in range(done):
         share = 1 - 0.8 ** (number + 1)
@@ -157,6 +159,64 @@ def write_run(
         log.append({"event": "run_end", "time": 1.795e9 + 300, "summary": summary})
         (folder / "summary.json").write_text(json.dumps(summary))
     return summary
+
+
+def write_fedbiot(folder: Path, *, seed: int = 0, rounds: int = 8, done: int | None = None) -> dict:
+    """A run of FedBiOT as the engine leaves it: as FedIT's, with an emulator, its alignments and its evaluations."""
+    done = rounds if done is None else done
+    summary = write_run(folder, "fedbiot", seed=seed, rounds=rounds, done=done)
+    noise, log, told = random.Random(seed), folder / "metrics.jsonl", []
+    for event in read_events(log):
+        number = event.get("round", 0)
+        if event["event"] == "run_start":
+            event["emulator"] = {
+                "layers": 5, "full_layers": 8, "adapter": [6, 7], "kept": [0, 2, 5], "dropped": [1, 3, 4],
+                "drop": 0.5, "placement": "last", "bytes": 5_000_000, "parameters": 2_500_000,
+                "full_parameters": 3_790_000, "digest": "0f" * 32,
+            }  # fmt: skip
+        if event["event"] == "round":
+            event["seconds"]["align"] = 1.5
+            before, after = (3.9 if number == 0 else 0.3 + 0.02 * number), 0.12 + 0.01 * number
+            told.append({"event": "alignment", "round": number, "steps": 200 if number == 0 else 10, "loss_first": 1.0,
+                         "loss_last": 0.5, "seconds": 1.5, "time": event["time"] - 13,
+                         "fidelity": {"public": {"before": before, "after": after},
+                                      "held_out": {"before": before + 0.1, "after": after + 0.09}}})  # fmt: skip
+        told.append(event)
+        if event["event"] == "evaluation":
+            event["dataset"] = "held_out"
+            quality = QUALITY["base"] / 2 + (EMULATED - QUALITY["base"] / 2) * number / rounds
+            told.append({**evaluation_at(number, quality, True, noise), "dataset": "held_out_emulator"})
+        if event["event"] == "run_end":
+            told.pop()
+    latest = {event["dataset"]: event for event in told if event["event"] == "evaluation"}
+    metrics = {n: {"overall": e["overall"], "categories": e["categories"]} for n, e in latest.items()}
+    asked = {client for event in told if event["event"] == "round" for client in event["selected"]}
+    summary = {**summary, "method": "fedbiot", "metrics": metrics, "bytes_emulator": 5_000_000 * len(asked),
+               "client_cost": {"flops_per_step": 1.25e9, "activation_bytes": 3_400_000}}  # fmt: skip
+    log.write_text("".join(json.dumps(event) + "\n" for event in told))
+    if done == rounds:
+        EventLog(log).append({"event": "run_end", "summary": summary})
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def write_plugged(folder: Path, seeds: int = 1) -> dict:
+    """A comparison of FedBiOT with base, FedIT on the full model and centralised."""
+    found: dict[str, list[dict]] = {}
+    for seed in range(seeds):
+        home = folder if seeds == 1 else folder / f"seed-{seed}"
+        found.setdefault("fedbiot", []).append(write_fedbiot(home / "fedbiot", seed=seed))
+        for method in ("centralised", "base", "fedit"):
+            summary = write_run(home / method, method, seed=seed, rounds=8)
+            log, written = home / method / "metrics.jsonl", home / method / "summary.json"
+            log.write_text(log.read_text().replace('"dataset": "test"', '"dataset": "held_out"'))
+            summary["metrics"] = {"held_out": summary["metrics"]["test"]}
+            summary["client_cost"] = {"flops_per_step": 2.5e9, "activation_bytes": None} if method == "fedit" else None
+            written.write_text(json.dumps(summary))
+            found.setdefault(method, []).append(summary)
+    whole = {method: combine_seeds(summaries) for method, summaries in found.items()}
+    (folder / "summary.json").write_text(json.dumps(whole))
+    return whole
 
 
 def write_comparison(folder: Path, seeds: int = 1, checked: bool = True) -> dict:
@@ -228,6 +288,32 @@ def test_truncating_forgets_later_rounds_and_what_belongs_to_them(tmp_path: Path
     assert path.read_bytes().endswith(b"}\n")
     truncate_after(path, -1)
     assert [event["event"] for event in read_events(path)] == ["run_start", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("round", "with_alignment", "left"), [(-1, False, []), (-1, True, [0]), (1, False, [0, 1]), (1, True, [0, 1, 2])]
+)
+def test_an_alignment_belongs_to_the_round_after_it(
+    round: int, with_alignment: bool, left: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = EventLog(path)
+    for number in range(4):
+        log.append({"event": "alignment", "round": number})
+        log.append({"event": "round", "round": number})
+        log.append({"event": "evaluation", "round": number + 1, "dataset": "held_out_emulator"})
+    truncate_after(path, round, with_alignment=with_alignment)
+    kept = read_events(path)
+    assert [event["round"] for event in kept if event["event"] == "alignment"] == left
+    assert [event["round"] for event in kept if event["event"] == "round"] == list(range(round + 1))
+    assert [event["round"] for event in kept if event["event"] == "evaluation"] == list(range(1, round + 2))
+
+
+def test_an_alignment_without_its_round_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "alignment", "round": 0}\n{"event": "alignment", "steps": 3}\n')
+    with pytest.raises(UserError, match=re.escape(f"{path}:2")):
+        read_events(path)
 
 
 # --- numbers and tables -------------------------------------------------------------------------------
@@ -311,6 +397,66 @@ def test_durations(seconds: float, said: str) -> None:
     assert tables.format_seconds(seconds) == said
 
 
+def plugged(checked: float, emulated: float | None, **more: object) -> dict:
+    metrics = {"held_out_emulator": {"overall": {"checked": emulated, "loss": 3.0}}} if emulated is not None else {}
+    return {"metrics": {**metrics, "held_out": {"overall": {"checked": checked, "loss": 2.0}}}, **more}
+
+
+def test_the_table_with_an_emulator_reads_well_at_80_columns(tmp_path: Path) -> None:
+    for seeds in (1, 3):
+        summaries = write_plugged(tmp_path / str(seeds), seeds)
+        console = Console(file=io.StringIO(), width=80)
+        console.print(tables.comparison_table(summaries))
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "…" not in console.file.getvalue()
+        assert "held_out: Correct %" in lines[0]
+        rows = [re.split(r"\s{2,}", line.strip()) for line in lines if line.startswith((" Base", " Fed", " Cent"))]
+        assert [row[0] for row in rows] == ["Base model", "FedBiOT", "FedIT", "Centralised"]
+        assert [row[2] for row in rows if row[0] != "FedBiOT"] == ["–"] * 3
+        assert [row[3] for row in rows if row[0] != "FedBiOT"] == ["–"] * 3
+        assert rows[1][3].startswith("+")
+        assert ("Loss" in "".join(lines)) == (seeds == 1)  # there is no room for it beside deviations
+        assert "Time" in "".join(lines)
+    local = {"local_1": plugged(0.2, None, client="client-01"), **summaries}
+    assert [row[0].text for row in tables.comparison_grid(local, "held_out").rows][:3] == [
+        "Base model", "Local, client-01", "FedBiOT"]  # fmt: skip
+
+
+def test_adapfu_adapemu_and_gap_by_hand() -> None:
+    text = tables.comparison_markdown({"fedit": plugged(0.7, None), "fedbiot": plugged(0.6, 0.45)})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert lines[0] == ["Method", "AdapFu %", "AdapEmu %", "Gap", "Loss", "Down", "Up", "Time"]
+    assert lines[2][:5] == ["FedBiOT", "60.0", "45.0", "+15.0", "2.000"]
+    assert lines[3][:5] == ["FedIT", "**70.0**", "–", "–", "2.000"]
+    alone = {"metrics": {"held_out": {"overall": {"loss": 2.0}}, "held_out_emulator": {"overall": {"loss": 2.5}}}}
+    lines = [line.split() for line in tables.comparison_markdown({"fedbiot": alone}).splitlines()]
+    assert lines[0][3:9] == ["AdapFu", "|", "AdapEmu", "|", "Gap", "|"]
+    assert lines[2][3:8:2] == ["2.000", "2.500", "-0.500"]
+
+
+def test_the_gap_over_seeds_is_paired() -> None:
+    combined = combine_seeds([plugged(0.5, 0.4, seed=0), plugged(0.9, 0.6, seed=1), {"seed": 2, "metrics": {}}])
+    gap = plug_in_gap(combined, "held_out", "checked")
+    assert gap is not None
+    assert (gap.mean, gap.std) == pytest.approx((0.2, 0.02**0.5))  # of 0.1 and 0.3
+    assert plug_in_gap(plugged(0.5, None), "held_out", "checked") is None
+
+
+def test_an_evaluation_on_the_emulator_is_no_data_set_of_its_own() -> None:
+    assert datasets({"fedbiot": plugged(0.6, 0.45)}) == ["held_out"]
+    assert datasets({"x": {"metrics": {"held_out_emulator": {}}}}) == ["held_out_emulator"]
+
+
+def test_bytes_and_costs_of_an_emulator_are_means_over_seeds() -> None:
+    runs = [{"bytes_emulator": size, "client_cost": {"flops_per_step": size, "activation_bytes": None}}
+            for size in (10, 20)]  # fmt: skip
+    combined = combine_seeds(runs)
+    assert combined["bytes_emulator"] == 15
+    assert combined["client_cost"] == {"flops_per_step": 15, "activation_bytes": None}
+    assert not {"bytes_emulator", "client_cost"} & set(combine_seeds([summary_of(0, 1.0), summary_of(1, 2.0)]))
+
+
 # --- the live view ------------------------------------------------------------------------------------
 
 
@@ -368,6 +514,46 @@ def test_the_terminal_view_runs_to_its_end(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     play(LiveView(console), tmp_path / "run")
     assert "\x1b" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("steps", "fidelity", "said"),
+    [
+        (10, {"public": {"before": 9, "after": 9}, "held_out": {"before": 0.41, "after": 0.123}}, "KL 0.41 -> 0.12"),
+        (10, {"public": {"before": 0.41, "after": 0.0042}}, "KL 0.41 -> 0.0042"),
+        (0, {"held_out": {"before": 0.3, "after": 0.3}}, "KL 0.30"),
+        (3, {"held_out": {"before": None, "after": None}}, ""),
+        (3, None, ""),
+    ],
+)
+def test_an_alignment_is_one_short_line(steps: int, fidelity: object, said: str) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    LiveView(console).on_event({"event": "alignment", "round": 2, "steps": steps, "fidelity": fidelity})
+    line = "round 3: aligned" if steps else "round 3: not aligned"
+    assert console.file.getvalue() == line + (f", {said}" if said else "") + "\n"
+
+
+def test_the_panel_keeps_both_results_apart(tmp_path: Path) -> None:
+    write_fedbiot(tmp_path / "run")
+    view = LiveView(Console(file=io.StringIO(), width=80), plain=True)
+    for event in read_events(tmp_path / "run" / "metrics.jsonl"):
+        view.on_event(event)
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(view)
+    text = shown.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"held out, AdapFu: correct 4.*\n.*held out, AdapEmu: correct 38.0 %", text)
+    assert "round 8: aligned, KL 0.54 -> 0.28" in text
+
+
+def test_trackers_get_the_numbers_of_an_alignment() -> None:
+    logged: list[tuple[dict, int]] = []
+    trackers = object.__new__(Trackers)
+    trackers._open = [SimpleNamespace(log=lambda values, step: logged.append((values, step)))]
+    trackers.on_event({"event": "alignment", "round": 4, "loss_first": 2.0, "loss_last": None,
+                       "fidelity": {"public": {"before": 0.5, "after": 0.25}, "held_out": None}})  # fmt: skip
+    numbers = {"alignment/loss_first": 2.0, "fidelity/public/before": 0.5, "fidelity/public/after": 0.25}
+    assert logged == [(numbers, 4)]
 
 
 # --- charts -------------------------------------------------------------------------------------------
@@ -509,6 +695,131 @@ def test_a_comparison_tells_the_order_of_methods(tmp_path: Path) -> None:
     summaries["fedit"]["metrics"]["test"]["overall"]["checked"] = 0.99
     (tmp_path / "summary.json").write_text(json.dumps(summaries))
     assert "centralised does not hold" in outcome(load_experiment(tmp_path))
+
+
+def test_fedbiot_says_what_the_owner_and_a_client_gain(tmp_path: Path) -> None:
+    summaries = write_plugged(tmp_path)
+    text, page = check_page(write_report(tmp_path))
+    said = outcome(load_experiment(tmp_path))
+    full, emulated = (summaries["fedbiot"]["metrics"][name]["overall"]["checked"] for name in
+                      ("held_out", "held_out_emulator"))  # fmt: skip
+    assert said.startswith("FedBiOT: 8 rounds with 10 clients")  # and not FedIT, its upper bound
+    for part in (
+        f"(AdapFu) answers {full * 100:.1f} % of the held-out questions correctly",
+        f"(AdapEmu), it gets to {emulated * 100:.1f} %.",
+        f"The plug-in gap of {(full - emulated) * 100:.1f} points is the model owner's protection",
+        f"FedIT on the full model {summaries['fedit']['metrics']['held_out']['overall']['checked'] * 100:.1f} %",
+        "The order base < FedBiOT < FedIT < centralised holds in this one seed.",
+        "The full model never left the server: clients held an emulator of 5 of its 8 layers (66 % of its parameters, "
+        "5 MB, sent once to each); they tune layers 6, 7 (counted from 0) and never saw layers 1, 3, 4.",
+        "not a guarantee",
+    ):
+        assert part in said
+    assert page.counts["svg"] == 6 + len(CATEGORIES) + 4 + 2  # as ever, the split and the fidelity
+    assert "5 of 8" in text
+    assert "0f0f" in text
+    assert "Fidelity of the emulator" in text
+    assert "Before the first alignment it was off this scale: public rows 3.9, held-out rows 4." in text
+    assert "One local step costs a client: FedBiOT 1.25 GFLOP and 3.4 MB of activations; FedIT 2.5 GFLOP." in text
+    assert "FedBiOT, the emulator, once to a client: 50 MB" in text
+    assert "FedBiOT, align: 12.0 s" in text
+    assert text.index(">align<") < text.index(">forward and backward<")  # in the order of the work
+    assert re.search(r"<desc[^>]*>[^<]*AdapFu: [^;]+; AdapEmu: ", text)
+
+
+def test_the_picture_of_the_split_shows_every_layer_twice(tmp_path: Path) -> None:
+    write_fedbiot(tmp_path / "run")
+    found = emulator.read_emulator([load_run(tmp_path / "run")])
+    assert found is not None
+    root = ET.fromstring(emulator.split_picture(found))
+    notes = [element.text for element in root.iter("title")]
+    for layer in range(8):
+        role = "adapter" if layer in (6, 7) else "kept" if layer in (0, 2, 5) else "dropped"
+        assert notes.count(f"layer {layer}: {role}") == 2
+    described = next(root.iter("desc")).text
+    assert described is not None
+    assert "Kept in the emulator: layers 0, 2, 5. Dropped, only with the server: layers 1, 3, 4." in described
+    assert emulator.spans([7, 0, 1, 2, 5, 4]) == "layers 0–2, 4, 5, 7"
+
+
+def test_the_fidelity_is_a_saw_tooth_of_means(tmp_path: Path) -> None:
+    def run(*values: tuple[float | None, float]) -> SimpleNamespace:
+        return SimpleNamespace(alignments=[{"round": number, "fidelity": {"public": {"before": b, "after": a}}}
+                                           for number, (b, a) in enumerate(values)])  # fmt: skip
+
+    drawn = emulator.fidelity([run((1.0, 0.5), (0.8, 0.4)), run((2.0, 0.7), (None, 0.6))])
+    assert drawn is not None
+    notes = [element.text for element in ET.fromstring(drawn[1]).iter("title")][1:]
+    assert notes == [f"Public rows, {text}" for text in ("0: 1.5", "0: 0.6", "1: 0.8", "1: 0.5")]
+    assert drawn[2] == ""
+    assert emulator.fidelity([SimpleNamespace(alignments=[])]) is None
+
+
+@pytest.mark.parametrize(
+    ("full", "emulated", "said"),
+    [
+        (0.5, 0.5, "There is no plug-in gap"),
+        (0.4, 0.5, "The gap is the wrong way round by 10.0 points"),
+        (0.5, 0.4, "The plug-in gap of 10.0 points is the model owner's protection"),
+    ],
+)
+def test_a_gap_is_not_called_protection_when_it_is_none(full: float, emulated: float, said: str) -> None:
+    assert said in emulator.two_results(plugged(full, emulated), "held_out", "checked", "works")
+    noisy = combine_seeds([plugged(0.5, 0.3, seed=0), plugged(0.5, 0.6, seed=1)])
+    assert "within its spread over the seeds" in emulator.two_results(noisy, "held_out", "checked", "works")
+    lower = {"metrics": {"held_out": {"overall": {"loss": 2.0}}, "held_out_emulator": {"overall": {"loss": 2.5}}}}
+    assert "gap of 0.500 is the model owner's" in emulator.two_results(lower, "held_out", "loss", "works")
+
+
+def test_with_no_layer_dropped_the_report_claims_no_secret(tmp_path: Path) -> None:
+    write_fedbiot(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    run.start["emulator"].update(full_layers=5, adapter=[3, 4], kept=[0, 1, 2], dropped=[])
+    found = emulator.read_emulator([run])
+    assert found is not None
+    assert "Clients held all 5 layers" in emulator.what_clients_hold(found)
+    assert "never left" not in emulator.what_clients_hold(found)
+
+
+def test_a_killed_run_of_fedbiot_counts_its_emulators(tmp_path: Path) -> None:
+    write_fedbiot(tmp_path / "run", done=3)
+    run = load_run(tmp_path / "run")
+    asked = {client for event in run.rounds for client in event["selected"]}
+    assert run.summary["bytes_emulator"] == 5_000_000 * len(asked)
+    assert set(run.summary["metrics"]) == {"held_out", "held_out_emulator"}
+    assert [event["round"] for event in run.alignments] == [0, 1, 2]
+    assert "3 of 8 rounds so far" in check_page(write_report(tmp_path / "run"))[0]
+
+
+DAMAGE = [None, 5, "x", [], {}, [None, "y"], {"public": 3, "held_out": {"before": "z"}}, -1.5, True]
+
+
+@settings(deadline=None, max_examples=30)
+@given(**{name: st.sampled_from(DAMAGE) for name in ("whole", "part", "fidelity", "cost")})
+def test_damaged_values_of_an_emulator_still_make_a_report(
+    whole: object, part: object, fidelity: object, cost: object, tmp_path_factory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged") / "run"
+    summary = write_fedbiot(folder, rounds=2)
+    events = read_events(folder / "metrics.jsonl")
+    events[0]["emulator"] = {**events[0]["emulator"], **dict.fromkeys(("kept", "full_layers", "bytes"), part)}
+    if whole != 5:
+        events[0]["emulator"] = whole
+    for event in events:
+        if event["event"] == "alignment":
+            event.update(fidelity=fidelity, steps=part)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "summary.json").write_text(json.dumps({**summary, "client_cost": cost, "bytes_emulator": part}))
+    text, _ = check_page(write_report(folder))
+    assert "could not be shown" not in text
+    play(LiveView(Console(file=io.StringIO(), width=80)), folder)
+
+
+def test_older_runs_show_nothing_of_emulators(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    text, _ = check_page(write_report(tmp_path))
+    for word in ("mulator", "AdapFu", "Gap", "align"):
+        assert word not in re.sub(r"<style>.*?</style>|vertical-align", "", text, flags=re.S)
 
 
 def test_several_seeds(tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ from forked_runs import ForkedRuns
 VARIANTS = {
     "adam": ("aggregation.server_optimizer={kind: adam, lr: 0.05}",),
     "momentum": ("aggregation.server_optimizer={kind: sgd, momentum: 0.9}", "checkpoint.keep_adapters_every=2"),
+    "fedbiot": (
+        "method=fedbiot",
+        "emulator={adapter_layers: 1, drop: 0.0}",
+        "alignment={first_steps: 3, steps: 1, batch_size: 2, fidelity_rows: 3}",
+        "rounds=2",
+        "evaluation.max_rows=2",
+    ),
 }
 COMPARED = ("compare={base: true, local: 1, centralised: true}", "rounds=2", "evaluation.every=0")
 NOT_THE_RESULT = {"time", "seconds", "peak_memory_bytes"}

@@ -15,13 +15,22 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from flocktune.config.schema import LoraConfig
@@ -29,6 +38,23 @@ from flocktune.models.lora import pairs
 
 FAMILIES = ("llama", "qwen2", "gpt2", "gemma", "gemma2")
 """Rotary and grouped heads; biased projections; fused Conv1D; tied and scaled embeddings; soft-capped logits."""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    "gemma2": {"sliding_window": 5},
+    "gemma3": {"sliding_window": 5, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING]},
+    "gpt2": {},
+    "opt": {"word_embed_proj_dim": 16},
+    "gpt_neo": {},
+    "gpt_neox": {},
+    "phi": {},
+}
+"""Families of models to leave layers out of, and how each of 6 layers is made: windows are shorter than a test's rows,
+and layers of one kind do not simply lie below those of the other."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -56,26 +82,57 @@ def tiny_tokenizer(*, pad: bool = True, chat: bool = False) -> PreTrainedTokeniz
     return tokenizer
 
 
-def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+def tiny_config(family: str, *, layers: int = 2, **changes: Any) -> PreTrainedConfig:
     """The settings of a tiny model: 2 layers, 32 wide, 4 heads, a vocabulary of 260."""
     common = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if family == "gpt2":
-        return GPT2Config(**{**common, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 256, **changes})
+        return GPT2Config(**{**common, "n_layer": layers, "n_embd": 32, "n_head": 4, "n_positions": 256, **changes})
+    if family == "gpt_neo":
+        kinds_of_layers = {"attention_types": [[["global", "local"], layers // 2]], "window_size": 5}
+        common |= {"num_layers": layers, "num_heads": 4, "hidden_size": 32, "max_position_embeddings": 256}
+        return GPTNeoConfig(**{**common, **kinds_of_layers, **changes})
     shape = {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     }
-    if family in ("gemma", "gemma2"):
+    if family in ("gemma", "gemma2", "gemma3", "qwen3", "qwen3_moe"):
         shape["head_dim"] = 8
     if family == "gemma2":
         # A low cap, so that a test sees when it is left out.
         common["final_logit_softcapping"] = 1.5
-    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig, "gemma2": Gemma2Config}
+    if family == "opt":
+        shape["ffn_dim"] = shape.pop("intermediate_size")
+        del shape["num_key_value_heads"]
+    if family == "gpt_neox":
+        del shape["num_key_value_heads"]
+    if family == "qwen3_moe":
+        shape |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    if family == "mixtral":
+        shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    kinds: dict[str, type[PreTrainedConfig]] = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "mixtral": MixtralConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
+        "gemma": GemmaConfig,
+        "gemma2": Gemma2Config,
+        "gemma3": Gemma3TextConfig,
+        "opt": OPTConfig,
+        "gpt_neox": GPTNeoXConfig,
+        "phi": PhiConfig,
+    }
     return kinds[family](**{**common, **shape, **changes})
+
+
+def tiny_decoder(family: str) -> PreTrainedModel:
+    """A tiny model of 6 layers, as :data:`DECODERS` has it."""
+    return tiny_model(family, layers=6, **DECODERS[family])
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:

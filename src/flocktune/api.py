@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flocktune.config.schema import RunConfig
+from flocktune.config.study import load_study
 from flocktune.experiment import execute_experiment, start
+from flocktune.report.study_rows import StudyResult
 from flocktune.run_folder import EXPERIMENT
 from flocktune.runs import Listener, execute
+from flocktune.study import execute_study
 
 
 def run(
@@ -29,3 +32,12 @@ def resume(folder: Path | str, *, listeners: Sequence[Listener] = ()) -> dict[st
     place = Path(folder)
     several = (place / EXPERIMENT).exists()
     return (execute_experiment if several else execute)(place, listeners)
+
+
+def study(path: Path | str, out: Path | str | None = None, *, listeners: Sequence[Listener] = ()) -> StudyResult:
+    """Run, or go on with, a study file in a folder (default ``runs/<name>``), write its tables, and return its cells.
+
+    A cell that fails is in the result with its reason. Raises UserError, OSError.
+    """
+    plan = load_study(Path(path))
+    return execute_study(plan, Path(out) if out is not None else Path("runs") / plan.config.name, listeners)

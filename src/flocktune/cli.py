@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,7 +40,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="One line a round instead o
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("my-run.yaml"),
-    method: Annotated[str, typer.Option(help="The method the recipe is for: fedit.")] = "fedit",
+    method: Annotated[str, typer.Option(help="The method the recipe is for: fedit or fedbiot.")] = "fedit",
 ) -> None:
     """Write a commented recipe to edit."""
     from flocktune.config.template import write_template
@@ -86,8 +87,43 @@ def resume(folder: RunFolder, quiet: Quiet = False) -> None:
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file (YAML), such as recipes/study_fedit.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder; default runs/<name of the study>.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="In place of the file's seeds, for example 0 or 0,1,2.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Methods x settings x seeds in one table. The same command again goes on where it stopped."""
+    from flocktune.config.schema import RunConfig
+    from flocktune.config.study import load_study
+    from flocktune.errors import FlocktuneError
+    from flocktune.interrupts import stop_on_signals
+    from flocktune.report.live import LiveView
+    from flocktune.report.study_tables import study_in_terminal
+    from flocktune.runs import Stopped
+    from flocktune.study import execute_study
+
+    plan = load_study(file, overrides or (), _seeds(seeds, RunConfig()) if seeds else None)
+    folder = out or Path("runs") / plan.config.name
+    again = f"flocktune {shlex.join(sys.argv[1:])}"
+    try:
+        with LiveView(console, plain=True if quiet else None) as view, stop_on_signals(view.console.print) as stop:
+            result = execute_study(plan, folder, [view], stop, lambda line: view.console.print(_escape(line)))
+    except (Stopped, KeyboardInterrupt):
+        raise typer.Exit(_stopped(again)) from None
+    except OSError as error:
+        raise FlocktuneError(_not_written(folder, error, again)) from None
+    console.print(study_in_terminal(result))
+    console.print(f"Page: {folder / 'study.html'}; beside it study.md, study.csv, study.json", soft_wrap=True)
+    failed = sum(outcome.state == "failed" for outcome in result.outcomes)
+    if failed:
+        raise FlocktuneError(f"{failed} of {len(result.outcomes)} cells. Mend what failed, then: {again}")
+
+
+@app.command()
 def split(
-    data: Annotated[str, typer.Argument(help="A data file, folder or hub id, or 'embedded'.")],
+    data: Annotated[str, typer.Argument(help="A data file, folder or hub id, 'embedded' or 'embedded-public'.")],
     to: Annotated[
         Path, typer.Option(help="The folder to write: one JSONL file a client, test.jsonl, a picture.")
     ] = Path("clients"),
@@ -123,6 +159,32 @@ def split(
     console.print(write_split(config, to))
 
 
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A model's folder or hub id, or 'embedded'.")],
+    to: Annotated[Path, typer.Option(help="The folder to write: a checkpoint of fewer layers, with a manifest.")],
+    adapter_layers: Annotated[int, typer.Option(min=1, help="Layers that clients tune: the last ones.")] = 2,
+    drop: Annotated[float, typer.Option(help="The fraction of the other layers that is left out.")] = 0.5,
+    placement: Annotated[str, typer.Option(help="last, or first_and_last: as many layers at either end.")] = "last",
+    choice: Annotated[
+        str, typer.Option(help="uniform: even steps; importance: keep what changes public rows' states most.")
+    ] = "uniform",
+    public: Annotated[str, typer.Option(help="Public instructions, for --choice importance.")] = "embedded-public",
+) -> None:
+    """Make an emulator of a model: what the clients of FedBiOT get instead of it."""
+    from flocktune.results import compress_model
+
+    settings = {"adapter_layers": adapter_layers, "drop": drop, "placement": placement, "choice": choice}
+    bundle = compress_model(model, settings, public, to)
+    plan, share = bundle.plan, bundle.parameters / bundle.full_parameters
+    console.print(
+        f"Wrote {to}\n{len(plan.held)} of {plan.layers} layers, {share:.0%} of the parameters, {bundle.bytes:,} bytes.\n"
+        f"Adapter: layers {_listed(plan.adapter)}. Kept: {_listed(plan.kept)}. Left out: {_listed(plan.dropped)}.\n"
+        "What it holds, it discloses: real layers, embeddings, head.",
+        soft_wrap=True,
+    )
+
+
 @app.command("eval")
 def evaluate_command(
     result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
@@ -132,6 +194,9 @@ def evaluate_command(
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    model: Annotated[
+        str, typer.Option("--as", help="FedBiOT: the adapter in the full model (full), or on the emulator (emulator).")
+    ] = "full",
     output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Loss, perplexity, exact match, contains and ROUGE-L, by category."""
@@ -139,7 +204,8 @@ def evaluate_command(
     from flocktune.report.tables import evaluation_table
     from flocktune.results import evaluate_on, open_result
 
-    numbers = evaluate_on(open_result(result, method, base), data, max_rows).as_dict()
+    tuned = open_result(result, method, base, emulator=_as_emulator(model))
+    numbers = evaluate_on(tuned, data, max_rows).as_dict()
     console.print(evaluation_table(numbers))
     if output:
         write_json(output, numbers)
@@ -217,23 +283,23 @@ def _go_on(folder: Path, quiet: bool) -> None:
             listeners: list[Listener] = [view, *trackers]
             summary = (execute_experiment if several else execute)(folder, listeners, stop)
     except (Stopped, KeyboardInterrupt):
-        raise typer.Exit(_stopped(folder)) from None
+        raise typer.Exit(_stopped(f"flocktune resume {folder}")) from None
     except OSError as error:
-        raise FlocktuneError(_not_written(folder, error)) from None
+        raise FlocktuneError(_not_written(folder, error, f"flocktune resume {folder}")) from None
     console.print(comparison_table(summary if several else {config.method: summary}))
     console.print(f"Report: {write_report(folder)}", soft_wrap=True)
 
 
-def _stopped(folder: Path) -> int:
+def _stopped(again: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on the way out already: one more Ctrl-C must not cut the advice off
-    problems.print(f"Stopped. Go on with: flocktune resume {folder}", soft_wrap=True)
+    problems.print(f"Stopped. Go on with: {_escape(again)}", soft_wrap=True)
     return 130
 
 
-def _not_written(folder: Path, error: OSError) -> str:
+def _not_written(folder: Path, error: OSError, again: str) -> str:
     from flocktune.errors import Problem
 
-    fix = f"Every saved round stands. Mend it, make room, then: flocktune resume {folder}"
+    fix = f"Every saved round stands. Mend it, make room, then: {again}"
     return str(Problem(str(folder), "a disk that takes what the run writes", str(error), fix))
 
 
@@ -258,6 +324,18 @@ def _seeds(text: str | None, config: RunConfig) -> tuple[int, ...]:
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(Problem("--seeds", "different whole numbers, comma-separated, as 0,1,2", repr(text)))
     return seeds
+
+
+def _as_emulator(model: str) -> bool:
+    from flocktune.errors import Problem, UserError
+
+    if model not in ("full", "emulator"):
+        raise UserError(Problem("--as", "full or emulator", repr(model)))
+    return model == "emulator"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " ".join(str(number) for number in numbers) or "none"
 
 
 def _ask() -> str:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from flocktune.algorithms.fedavg import steps_per_round
+from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
+from flocktune.algorithms.local import steps_per_round
 from flocktune.assemble import allocate_clients, check_context, given_adapter, scheduler
 from flocktune.config.schema import RunConfig
+from flocktune.emulation import bundle_of, emulator_settings, public_rows
 from flocktune.errors import FlocktuneError, Problem, UserError
-from flocktune.models.load import describe, load_skeleton, pick_device
+from flocktune.models.layers import drop_layers, layer_stack, lora_within
+from flocktune.models.load import Description, describe, load_skeleton, pick_device, stored_dtype
 from flocktune.models.lora import shapes
+from flocktune.models.split import plan_split
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
+from flocktune.types import Tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Costs of a run. Bytes are of float32 factors; memory is a rough upper figure, said to be an estimate."""
+    """Costs of a run. Bytes are of float32 factors; memory is a rough upper figure, said to be an estimate.
+
+    ``memory_bytes`` is of one process that holds everything; ``client_memory_bytes`` of a client alone.
+    """
 
     base_parameters: int
     trainable_parameters: int
@@ -37,6 +49,18 @@ class Estimate:
     steps_total: int
     tokens_total: int
     memory_bytes: int
+    client_memory_bytes: int
+    emulator: EmulatorCosts | None
+
+
+@dataclass(frozen=True)
+class EmulatorCosts:
+    """What a client of FedBiOT holds, counted without making it. ``bytes`` is of its weights as they are stored."""
+
+    held_layers: int
+    full_layers: int
+    parameters: int
+    bytes: int
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -51,27 +75,32 @@ def estimate(config: RunConfig) -> Estimate:
             return None
 
     skeleton = attempt(lambda: load_skeleton(config.model))
-    factors = attempt(lambda: shapes(skeleton, config.lora)) if skeleton is not None else None
+    counts = attempt(lambda: _counts(config, skeleton)) if skeleton is not None else None
     attempt(lambda: pick_device(config.runtime.device))
     attempt(lambda: refuse_missing(config))
     data = attempt(lambda: allocate_clients(config))
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
-    base = describe(config.model, skeleton) if skeleton is not None else None
+    if config.method == "fedbiot":
+        attempt(lambda: public_rows(config))
     if skeleton is not None and data is not None:
         attempt(lambda: check_context(config, data, skeleton))
-    if config.lora.start_from is not None and factors is not None:
-        expected = {name: torch.empty(shape, device="meta") for name, shape in factors.items()}
-        attempt(lambda: given_adapter(config.lora, expected))
+    if config.lora.start_from is not None and counts is not None:
+        attempt(lambda: given_adapter(config.lora, counts.trained))
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    if base is None or factors is None or data is None or schedule is None:
+    if counts is None or data is None or schedule is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
     sizes = [len(rows) for rows in data.clients.values()]
     cohort = schedule(0).wanted
-    trainable = sum(math.prod(shape) for shape in factors.values())
+    trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
     rows_per_step = config.local.batch_size * config.local.accumulate
+    base, emulator = counts.base, counts.emulator
+    held = counts.held
+    client_bytes = held.base_bytes + _training_bytes(
+        config, trainable, counts.trained_layers, held.width, held.vocabulary
+    )
     return Estimate(
         base_parameters=base.parameters,
         trainable_parameters=trainable,
@@ -82,12 +111,48 @@ def estimate(config: RunConfig) -> Estimate:
         untrainable_rows=len(data.train.report.untrainable),
         rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
         adapter_bytes=4 * trainable,
-        round_bytes_down=4 * trainable * cohort,
+        round_bytes_down=4 * (trainable + frozen) * cohort,
         round_bytes_up=4 * trainable * cohort,
         steps_total=steps,
         tokens_total=int(steps * rows_per_step * mean_tokens),
-        memory_bytes=base.base_bytes + _training_bytes(config, trainable, base.layers, base.width, base.vocabulary),
+        memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
+        client_memory_bytes=client_bytes,
+        emulator=emulator,
     )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Shapes alone. ``held`` is the model that a client has; ``sent_too`` are factors it gets and does not train."""
+
+    base: Description
+    held: Description
+    trained: Tensors
+    sent_too: Tensors
+    trained_layers: int
+    emulator: EmulatorCosts | None
+
+
+def _counts(config: RunConfig, skeleton: PreTrainedModel) -> _Counts:
+    base = describe(config.model, skeleton)
+    if config.method != "fedbiot":
+        return _Counts(base, base, _empty(shapes(skeleton, config.lora)), {}, base.layers, None)
+    settings = emulator_settings(config)
+    if settings.path is not None:
+        plan = bundle_of(config).plan
+    else:
+        plan = plan_split(base.layers, replace(settings, choice="uniform"), stack=layer_stack(skeleton))
+    small = drop_layers(load_skeleton(config.model), plan)
+    held = describe(config.model, small)
+    factors = _empty(shapes(small, lora_within(small, config.lora, plan.stack, range(len(plan.held)))))
+    parts = split_tensors(plan, factors)
+    stored = held.parameters * stored_dtype(config.model).itemsize
+    emulator = EmulatorCosts(len(plan.held), plan.layers, held.parameters, stored)
+    return _Counts(base, held, plan.to_full(parts[ADAPTER]), parts[EMULATOR], len(plan.held) - plan.frozen, emulator)
+
+
+def _empty(wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
+    return {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
 
 
 def _training_bytes(config: RunConfig, trainable: int, layers: int, width: int, vocabulary: int) -> int:
@@ -115,11 +180,20 @@ def estimate_table(costs: Estimate) -> Table:
         "rows": f"{costs.train_rows:,} to train on, {costs.test_rows:,} held out"
         + (f", {costs.untrainable_rows:,} with nothing to learn from" if costs.untrainable_rows else ""),
         "rows a client": f"{smallest:,} to {largest:,}, median {middle:,.0f}",
-        "a round, down": f"{format_bytes(costs.round_bytes_down)} ({format_bytes(costs.adapter_bytes)} a client)",
+        "a round, down": f"{format_bytes(costs.round_bytes_down)} "
+        f"({format_bytes(costs.round_bytes_down / costs.cohort)} a client)",
         "a round, up": format_bytes(costs.round_bytes_up),
         "in all": f"{costs.steps_total:,} optimiser steps, about {costs.tokens_total:,} tokens",
         "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)",
     }
+    if costs.emulator:
+        one = costs.emulator
+        share = 100 * one.parameters / costs.base_parameters
+        rows["emulator"] = (
+            f"{one.held_layers} of {one.full_layers} layers, {share:.0f} % of the parameters; "
+            f"{format_bytes(one.bytes)} once to each client"
+        )
+        rows["a client"] = f"about {format_bytes(costs.client_memory_bytes)} of memory beside libraries"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()

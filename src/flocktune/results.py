@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from flocktune.assemble import Base, allocate_clients, load_base, load_instructions
+from flocktune.assemble import allocate_clients
 from flocktune.config.load import build_config, load_recipe
 from flocktune.config.schema import ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example
+from flocktune.emulation import compress, emulator_settings
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
+from flocktune.models.bundle import Bundle, read_bundle
+from flocktune.models.load import quietly
 from flocktune.models.peft_io import CONFIG_FILE, import_peft
+from flocktune.resident import Base, load_base, load_instructions
 from flocktune.run_folder import EXPERIMENT, PROMPTING, write_adapter
 from flocktune.types import Tensors
 
@@ -32,8 +37,15 @@ class Tuned:
     adapter: Tensors
 
 
-def open_result(path: Path, method: str | None = None, base_model: str | None = None) -> Tuned:
-    """Open a run's folder, a comparison's (``method`` chooses), or a PEFT adapter's. Raises UserError."""
+def open_result(
+    path: Path, method: str | None = None, base_model: str | None = None, *, emulator: bool = False
+) -> Tuned:
+    """Open a run's folder, a comparison's (``method`` chooses), or a PEFT adapter's.
+
+    ``emulator``: FedBiOT's adapter on the emulator, as clients have it, not in the full model. Raises UserError.
+    """
+    if emulator:
+        return _open_emulator(find_run(path, method))
     if (path / CONFIG_FILE).exists():
         tensors, lora = import_peft(path)
         named = base_model or read_json(path / CONFIG_FILE).get("base_model_name_or_path")
@@ -44,11 +56,26 @@ def open_result(path: Path, method: str | None = None, base_model: str | None = 
         config = replace(build_config({"data": data}), model=ModelConfig(path=named), lora=lora)
     else:
         run = find_run(path, method)
-        tensors, _ = import_peft(run / "adapter")
+        tensors, lora = import_peft(run / "adapter")
         config = load_recipe(run / "recipe.yaml")
-        config = replace(config, lora=replace(config.lora, start_from=None))
+        # FedBiOT's adapter is on some layers only: the files say on which, not the recipe.
+        lora = lora if config.method == "fedbiot" else config.lora
+        config = replace(config, lora=replace(lora, start_from=None))
         if base_model:
             config = replace(config, model=replace(config.model, path=base_model))
+    base = load_base(config.model, config.lora, config.runtime.device)
+    base.adapter.load(tensors)
+    return Tuned(config, base, tensors)
+
+
+def _open_emulator(run: Path) -> Tuned:
+    config = load_recipe(run / "recipe.yaml")
+    if config.method != "fedbiot":
+        raise UserError(Problem("--as", "full, for a run without an emulator", f"emulator ({run} is {config.method})"))
+    bundle = read_bundle(run / "emulator")
+    tensors, lora = import_peft(run / "emulator_adapter")
+    model = replace(config.model, path=str(bundle.folder), quantization=emulator_settings(config).quantization)
+    config = replace(config, model=model, lora=lora)
     base = load_base(config.model, config.lora, config.runtime.device)
     base.adapter.load(tensors)
     return Tuned(config, base, tensors)
@@ -125,8 +152,9 @@ def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> 
     try:
         to.mkdir(parents=True, exist_ok=True)
         if merged:
-            tuned.base.adapter.merge().save_pretrained(to)
-            tuned.base.tokenizer.save_pretrained(to)
+            with quietly():
+                tuned.base.adapter.merge().save_pretrained(to)
+                tuned.base.tokenizer.save_pretrained(to)
             load_base.cache_clear()  # the resident model is no longer the base
         else:
             write_adapter(to, tuned.adapter, tuned.config, tuned.base.model)
@@ -134,3 +162,15 @@ def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> 
         shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
         raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
     return to
+
+
+def compress_model(model: str, settings: Mapping[str, Any], public: str, to: Path) -> Bundle:
+    """Write the emulator of ``model``, as the recipe's ``emulator`` settings say, to ``to``. Raises UserError."""
+    if to.exists():
+        raise UserError(Problem(str(to), "a new folder", "one that exists", "Choose another: --to"))
+    tree = {"method": "fedbiot", "model": {"path": model}, "emulator": settings, "alignment": {"public": public}}
+    try:
+        to.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return compress(build_config(tree), to)
+    except OSError as error:
+        raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None

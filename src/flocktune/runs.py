@@ -17,6 +17,7 @@ from flocktune.algorithms import fedavg, fedbiot
 from flocktune.assemble import Federation, federation
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.schema import RunConfig
+from flocktune.costs import client_cost
 from flocktune.emulation import emulator_settings
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
@@ -34,8 +35,8 @@ from flocktune.tensors import digest
 from flocktune.types import Tensors
 
 HELD_OUT, ON_EMULATOR = "held_out", "held_out_emulator"
-"""The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu), and
-with FedBiOT's adapter on the emulator (AdapEmu)."""
+"""The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu),
+and with FedBiOT's adapter on the emulator (AdapEmu)."""
 
 
 class Listener(Protocol):
@@ -129,6 +130,9 @@ class _Run:
             state, self.rounds_done = {name: checkpoint.state[name] for name in state}, checkpoint.rounds_done
             self.engine.memories.update(checkpoint.memories)
             self._emit({"event": "resumed", "round": self.rounds_done})
+            if self.rounds_done == 0:  # the first alignment is in this checkpoint, its time in no round's event yet
+                done = [event["seconds"] for event in read_events(self.log.path) if event["event"] == "alignment"]
+                self.carried_s["align"] = sum(done)
         state = run_rounds(
             fed.server,
             self.engine,
@@ -305,6 +309,14 @@ def summarise(
         "peak_memory_bytes": peak_memory_bytes(),
         "trainable_parameters": sum(value.numel() for value in adapter.values()),
         "adapter_sha256": digest(adapter),
+        **client_cost(
+            fed.config,
+            fed.emulated.base if fed.emulated else fed.base,
+            fed.data.train.encoded,
+            fed.data.clients,
+            fed.schedule(0).asked,
+            fed.emulated.bundle.plan if fed.emulated else None,
+        ),
     }
 
 

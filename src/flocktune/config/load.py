@@ -53,14 +53,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recipe") -> RunConfig:
     """As :func:`load_recipe`, from text."""
+    tree = parse_yaml(text, where)
+    problems = [problem for override in overrides for problem in _override(tree, override)]
+    return build_config(tree, problems)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """YAML text as plain values, numbers such as ``1e-3`` among them. Raises UserError for what is no mapping."""
     try:
         tree = yaml.load(text, Loader=_Loader) or {}
     except yaml.YAMLError as error:
         raise UserError(Problem(where, "YAML", " ".join(str(error).split()))) from None
     if not isinstance(tree, dict):
         raise UserError(Problem(where, "a mapping of settings", f"a {type(tree).__name__}"))
-    problems = [problem for override in overrides for problem in _override(tree, override)]
-    return build_config(tree, problems)
+    return tree
 
 
 def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> RunConfig:
@@ -72,8 +78,11 @@ def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> R
     try:
         config = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
-        raise UserError(*problems, *_explain(error.errors(include_url=False))) from None
+        raise UserError(*problems, *explain(error.errors(include_url=False))) from None
     UserError.raise_all([*problems, *_cross_checks(config)])
+    if config.method == "fedbiot":
+        emulator, alignment = config.emulator or schema.EmulatorConfig(), config.alignment or schema.AlignmentConfig()
+        config = dataclasses.replace(config, emulator=emulator, alignment=alignment)
     return config
 
 
@@ -134,8 +143,11 @@ def _override(tree: dict[str, Any], text: str) -> Iterator[Problem]:
     branch[leaf] = parsed
 
 
-def _explain(errors: Sequence[Any]) -> list[Problem]:
-    """Pydantic's errors in our words; what the members of one union say about one place becomes one problem."""
+def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
+    """Pydantic's errors in our words; what the members of one union say about one place becomes one problem.
+
+    ``known``: the keys that an unknown one may have been meant as; default: those of a recipe.
+    """
     merged: dict[str, Problem] = {}
     for item in errors:
         path = [str(part) for part in item["loc"] if not _is_union_member(part)]
@@ -144,7 +156,7 @@ def _explain(errors: Sequence[Any]) -> list[Problem]:
         context = item.get("ctx", {})
         match item["type"]:
             case "unexpected_keyword_argument" | "extra_forbidden":
-                problem = Problem(where, "a known setting", "an unknown one", _suggest(path))
+                problem = Problem(where, "a known setting", "an unknown one", _suggest(path, known))
             case "union_tag_not_found":
                 problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
             case "union_tag_invalid":
@@ -175,9 +187,9 @@ _KINDS = frozenset(
 )
 
 
-def _suggest(path: Sequence[str]) -> str:
+def _suggest(path: Sequence[str], known: Sequence[str]) -> str:
     """The nearest key that exists at this place."""
-    known = [key for key, _ in _flatten(to_tree(RunConfig()))] + list(to_tree(RunConfig()))
+    known = known or [key for key, _ in _flatten(to_tree(RunConfig()))] + list(to_tree(RunConfig()))
     near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
     return f"Did you mean {near[0]}?" if near else "See the commented recipe of: flocktune init"
 

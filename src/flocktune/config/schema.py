@@ -21,6 +21,9 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 EMBEDDED = "embedded"
 """Names the model and the data that come with the package."""
 
+EMBEDDED_PUBLIC = "embedded-public"
+"""Names the public data that comes with the package: for the server, no row of it is in the embedded data."""
+
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -232,7 +235,8 @@ class LocalConfig:
 
     ``batch_size``: rows a micro-batch; ``accumulate``: micro-batches a step. ``clip_norm``: bound of the
     gradient's Euclidean norm, 0 is off. ``schedule_over``: whether the learning rate's schedule restarts
-    in every round or runs once over all rounds. ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off.
+    in every round or runs once over all rounds. ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off; its distance is
+    that of the factors A and B, or (FedBiOT) of their products ``scale * B A``: ``proximal_on``.
     """
 
     steps: Positive | None = None
@@ -248,6 +252,7 @@ class LocalConfig:
     warmup_steps: Count = 0
     schedule_over: Literal["round", "run"] = "round"
     proximal_mu: NonNegative = 0.0
+    proximal_on: Literal["factors", "products"] = "factors"
 
 
 # --- aggregation -----------------------------------------------------------------------------------
@@ -289,6 +294,52 @@ class AggregationConfig:
     diagnose_clients: Count = 10
 
 
+# --- FedBiOT ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmulatorConfig:
+    """What clients get instead of the full model (arXiv 2406.17706, section 3.2): some layers, and never the others.
+
+    ``path``: a bundle made by ``flocktune compress``; None makes one of ``model`` when the run starts, by the next four
+    settings. ``adapter_layers`` are tuned: the last ones, or (Offsite-Tuning) as many at either end. Of the others the
+    fraction ``drop`` is left out: in even steps, or those that change hidden states of the public rows the least.
+    ``cache``: where a client keeps the emulator's output for its rows within a round, at most ``cache_mb`` megabytes.
+    """
+
+    path: str | None = None
+    adapter_layers: Positive = 2
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    placement: Literal["last", "first_and_last"] = "last"
+    choice: Literal["uniform", "importance"] = "uniform"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    cache: Literal["memory", "disk", "off"] = "memory"
+    cache_mb: Positive = 1024
+    cache_dtype: Literal["model", "bfloat16"] = "model"
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How the server distils the full model into the emulator's LoRA, on public data (arXiv 2406.17706, equation 7).
+
+    ``public``: as ``data.train``. ``first_steps`` before round 1, ``steps`` before every later round (0 is never).
+    ``kl_weight``: lambda of the Kullback-Leibler term. ``layerwise_weight``: weight of the hidden states after every
+    other kept layer, 0 is off. ``fidelity_rows``: rows on which the divergence is measured, 0 is off.
+    """
+
+    public: str = EMBEDDED_PUBLIC
+    columns: Columns = field(default_factory=Columns)
+    max_rows: Positive | None = None
+    first_steps: Count = 200
+    steps: Count = 10
+    batch_size: Positive = 8
+    lr: PositiveFloat = 1e-3
+    clip_norm: NonNegative = 1.0
+    kl_weight: NonNegative = 1.0
+    layerwise_weight: NonNegative = 0.0
+    fidelity_rows: Count = 64
+
+
 # --- the rest --------------------------------------------------------------------------------------
 
 
@@ -312,12 +363,14 @@ class EvaluationConfig:
 class CompareConfig:
     """The baselines that are run beside the method, as settings of the same code.
 
-    ``local``: how many clients (drawn by the seed), or which, train alone.
+    ``local``: how many clients (drawn by the seed), or which, train alone. ``fedit``: FedIT on the full model, the
+    upper bound of FedBiOT.
     """
 
     base: bool = False
     local: Count | tuple[str, ...] = 0
     centralised: bool = False
+    fedit: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,10 +395,13 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole recipe. ``name`` is also that of the run's folder."""
+    """A whole recipe. ``name`` is also that of the run's folder.
+
+    ``emulator`` and ``alignment`` are of method ``fedbiot``, which fills them with their defaults; others ignore them.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    method: Literal["fedit", "base", "local", "centralised"] = "fedit"
+    method: Literal["fedit", "fedbiot", "base", "local", "centralised"] = "fedit"
     seed: Count = 0
     rounds: Count = 10
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -355,6 +411,8 @@ class RunConfig:
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     local: LocalConfig = field(default_factory=lambda: LocalConfig(steps=10))
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    emulator: EmulatorConfig | None = None
+    alignment: AlignmentConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -8,6 +8,7 @@ It is the one large thing that a client of FedBiOT gets, once; it is known by it
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -21,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocktune.config.schema import ModelConfig
 from flocktune.errors import Problem, UserError
-from flocktune.files import read_json, sha256_file, sync_folder, write_json
+from flocktune.files import read_json, sha256_bytes, sha256_file, sync_folder, write_json
 from flocktune.models.layers import drop_layers
-from flocktune.models.load import load_model, model_digest, quietly
+from flocktune.models.load import load_model, quietly
 from flocktune.models.split import SplitPlan, read_plan
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ FORMAT = "flocktune-emulator/1"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A sound emulator folder. ``digest`` is of config, weights and tokenizer; ``full_digest`` the full model's."""
+    """A sound emulator folder. ``digest`` is of its files and its split; ``full_digest`` the full model's."""
 
     folder: Path
     plan: SplitPlan
@@ -63,10 +64,11 @@ def write_bundle(
             tokenizer.save_pretrained(unfinished)
         _refuse_others(model, unfinished)
         files = sorted(file for file in unfinished.iterdir() if file.is_file())
+        entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
         manifest = {
             "format": FORMAT,
             "split": plan.as_dict(),
-            "digest": _digest(unfinished),
+            "digest": _digest(entries, plan),
             "full_model_digest": full_digest,
             "parameters": {"emulator": _parameters(model), "full_model": full_parameters},
             "discloses": {
@@ -74,7 +76,7 @@ def write_bundle(
                 "share_of_parameters": round(_parameters(model) / full_parameters, 4),
                 "also": ["token embeddings", "final norm", "output head", "tokenizer", "widths and number of layers"],
             },
-            "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files},
+            "files": entries,
         }
         write_json(unfinished / MANIFEST, manifest)
         unfinished.rename(folder)
@@ -112,6 +114,8 @@ def read_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             int(sizes["emulator"]),
             int(sizes["full_model"]),
         )
+        if bundle.digest != _digest(files, plan):
+            raise ValueError("its digest is not that of what it lists")
         problems = list(_damage(folder, files))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         got = f"a damaged one ({type(error).__name__}: {error})"
@@ -149,7 +153,11 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
     try:
         fetch(unfinished)
         read_bundle(unfinished, digest=digest)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its is as good
+                raise
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -184,23 +192,27 @@ def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[Problem]
 
 def _refuse_others(model: PreTrainedModel, folder: Path) -> None:
     """Raise UserError when what lies in ``folder`` does not answer as ``model`` does."""
-    again = load_model(ModelConfig(path=str(folder)), model.device, stored_dtype=True)
+    kind = model.config.model_type
+    try:
+        again = load_model(ModelConfig(path=str(folder)), model.device, stored_dtype=True)
+    except UserError as error:  # its files do not fit what its configuration says of fewer layers
+        raise _not_by_layers(f"{kind}, whose emulator can not be loaded again") from error
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         mine, theirs = (each(input_ids=ids, use_cache=False).logits for each in (model, again))
     if not torch.equal(mine, theirs):
-        raise UserError(
-            Problem(
-                "emulator",
-                "a model whose layers work the same in another place",
-                f"{model.config.model_type}, whose emulator answers otherwise once it is loaded again",
-                "This model can not be compressed by leaving layers out.",
-            )
-        )
+        raise _not_by_layers(f"{kind}, whose emulator answers otherwise once it is loaded again")
 
 
-def _digest(folder: Path) -> str:
-    return model_digest(ModelConfig(path=str(folder)))
+def _not_by_layers(got: str) -> UserError:
+    expected = "a model whose layers work the same in another place"
+    return UserError(Problem("emulator", expected, got, "This model can not be compressed by leaving layers out."))
+
+
+def _digest(files: dict[str, dict[str, Any]], plan: SplitPlan) -> str:
+    """Of files and split: the same layers can be divided into emulator and adapter in several ways."""
+    contents = {name: entry["sha256"] for name, entry in files.items()}
+    return sha256_bytes(json.dumps([contents, plan.as_dict()], sort_keys=True).encode())
 
 
 def _parameters(model: PreTrainedModel) -> int:

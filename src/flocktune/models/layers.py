@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
 from flocktune.models.lora import A_SUFFIX, shapes
 from flocktune.models.split import SplitPlan
+
+PLACE_NAMES = frozenset(("layer_idx", "layer_id"))
+"""What modules of transformers call the place of their layer; it is where their keys and values lie in a cache."""
 
 
 def layer_stack(model: PreTrainedModel) -> str:
@@ -55,22 +58,29 @@ def drop_layers(model: PreTrainedModel, plan: SplitPlan) -> PreTrainedModel:
     kept = nn.ModuleList(layers[index] for index in plan.held)
     for place, layer in enumerate(kept):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", place)  # noqa: B010
+            for name in PLACE_NAMES & vars(module).keys():
+                setattr(module, name, place)
     setattr(model.get_submodule(parent), child, kept)
     config = model.config.get_text_config()
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == plan.layers:  # one entry a layer, as layer_types
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == plan.layers:  # such as layer_types
             setattr(config, name, [value[index] for index in plan.held])
     config.num_hidden_layers = len(kept)
     return model
 
 
 def lora_within(model: PreTrainedModel, lora: LoraConfig, stack: str, layers: Sequence[int]) -> LoraConfig:
-    """The same settings for these decoder layers alone: targets become full module paths. Works on the meta device."""
+    """The same settings for these decoder layers alone: targets become full module paths. Works on the meta device.
+
+    Raises UserError when a target does not exist, or none is in these layers.
+    """
     starts = tuple(f"{stack}.{index}." for index in layers)
     modules = [name.removesuffix(A_SUFFIX) for name in shapes(model, lora) if name.endswith(A_SUFFIX)]
-    return replace(lora, targets=tuple(name for name in modules if name.startswith(starts)))
+    within = tuple(name for name in modules if name.startswith(starts))
+    if not within:
+        some = f"modules of decoder layers {', '.join(map(str, layers))}"
+        raise UserError(Problem("lora.targets", some, f"{lora.targets!r}, which names none there"))
+    return replace(lora, targets=within)
 
 
 class _Reached(Exception):
@@ -115,10 +125,14 @@ def hidden_states(
 
 
 class _Pass(nn.Module):
-    """Stands for a layer that has been computed already."""
+    """Stands for a layer that has been computed already; nothing looks into what it hands on.
+
+    [B, T, D] -> [1, B, T, D], and that stays: so it serves models that take what a layer returns, and those that take
+    the first of it, for their layers return tuples.
+    """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+        return hidden_states.unsqueeze(0) if hidden_states.dim() == 3 else hidden_states
 
 
 @contextmanager
@@ -140,11 +154,20 @@ def starting_from(model: PreTrainedModel, stack: str, layer: int, hidden: Tensor
             layers[place] = module
 
 
+@dataclass
+class _Normed(BaseModelOutputWithPast):
+    """What a decoder returns; all that heads may ask of it beyond this, as router logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def head_logits(model: PreTrainedModel, stack: str, normed: Tensor) -> Tensor:
     """[N, D] that would go into the head -> [N, V] logits, with all that the model does to them (soft caps, scales)."""
     decoder: Any = model.get_submodule(stack.rpartition(".")[0])
     patched = vars(decoder).get("forward")  # by others: hooks of accelerate
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=normed.unsqueeze(0))
+    decoder.forward = lambda *args, **kwargs: _Normed(last_hidden_state=normed.unsqueeze(0))
     try:
         ids = torch.zeros(1, normed.shape[0], dtype=torch.long, device=normed.device)
         return model(input_ids=ids, use_cache=False).logits.squeeze(0)
@@ -163,7 +186,11 @@ def block_influence(model: PreTrainedModel, stack: str, batches: Sequence[tuple[
     layers = layers_of(model, stack)
     totals, count = torch.zeros(len(layers), dtype=torch.float64), 0
     outputs: list[Tensor] = []
-    handles = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers]
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
         for input_ids, positions in batches:
             outputs.clear()

@@ -167,6 +167,12 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def stored_dtype(config: ModelConfig) -> torch.dtype:
+    """In which type of number the files hold the weights, as config.json says; float32 when it does not."""
+    with _loading(config, "a causal language model's config.json") as (source, options):
+        return AutoConfig.from_pretrained(source, **options).get_text_config().dtype or torch.float32
+
+
 def describe(config: ModelConfig, skeleton: PreTrainedModel | None = None) -> Description:
     """Parameter counts and shapes without the weights. Tied weights count once."""
     model = skeleton if skeleton is not None else load_skeleton(config)

@@ -138,6 +138,9 @@ def read_plan(tree: Mapping[str, Any]) -> SplitPlan:
     """What :meth:`SplitPlan.as_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
     adapter, kept = (tuple(int(index) for index in tree[key]) for key in ("adapter", "kept"))
     plan = SplitPlan(int(tree["layers"]), adapter, kept, str(tree["stack"]))
-    if set(adapter) & set(kept) or not adapter or not all(0 <= index < plan.layers for index in plan.held):
+    held = adapter + kept
+    within = len(set(held)) == len(held) and all(0 <= index < plan.layers for index in held)
+    ascending = list(adapter) == sorted(adapter) and list(kept) == sorted(kept)
+    if not (adapter and kept and within and ascending and max(adapter) > max(kept)):
         raise ValueError(f"expected different layers of {plan.layers}, got adapter {adapter} and kept {kept}")
     return plan

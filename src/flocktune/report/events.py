@@ -1,7 +1,8 @@
 """The log of a run: one JSON object a line in ``metrics.jsonl``. It is the one truth about a run.
 
-Kinds of events (key ``event``): ``run_start``, ``round`` (``round`` counts from 0), ``evaluation`` and
-``resumed`` (there ``round`` is the number of rounds done before it), ``run_end``.
+Kinds of events (key ``event``): ``run_start``, ``round`` (``round`` counts from 0), ``alignment`` (of an emulator,
+made before the round of the same number), ``evaluation`` and ``resumed`` (there ``round`` is the number of rounds
+done before it), ``run_end``.
 """
 
 from __future__ import annotations
@@ -74,16 +75,18 @@ def read_events_leniently(path: Path) -> tuple[list[Event], list[int]]:
     return events, damaged
 
 
-def truncate_after(path: Path, round: int, *, with_evaluation: bool = True) -> None:
+def truncate_after(path: Path, round: int, *, with_evaluation: bool = True, with_alignment: bool = False) -> None:
     """Forget what happened after ``round`` (from 0; -1 forgets every round), before a run resumes there.
 
     Drops the events of later rounds, the end of the run and a torn last line; atomic. An evaluation
     after ``n`` rounds belongs to round ``n - 1``; without ``with_evaluation``, that of ``round`` is forgotten
-    too. Raises UserError for a damaged log, and OSError.
+    too. An alignment belongs to the round that it was made before; ``with_alignment``, that of ``round + 1`` is
+    kept as well, for a checkpoint that was written right after it. Raises UserError for a damaged log, and OSError.
     """
     dropped = None if with_evaluation else ("evaluation", round + 1)
-    events = (event for event in read_events(path) if _belongs(event, round))
-    kept = [event for event in events if (event["event"], event.get("round")) != dropped]
+    added = ("alignment", round + 1) if with_alignment else None
+    named = (((event["event"], event.get("round")), event) for event in read_events(path))
+    kept = [event for name, event in named if name == added or (name != dropped and _belongs(event, round))]
     lines = (json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept)
     write_atomic(path, "".join(lines))
 
@@ -99,7 +102,7 @@ def without_nan(value: Any) -> Any:
 
 def _belongs(event: Event, round: int) -> bool:
     match event["event"]:
-        case "round":
+        case "round" | "alignment":
             return int(event["round"]) <= round
         case "evaluation" | "resumed":
             return int(event["round"]) <= round + 1
@@ -116,5 +119,5 @@ def _parse(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    needs_round = event["event"] in ("round", "evaluation", "resumed")
+    needs_round = event["event"] in ("round", "alignment", "evaluation", "resumed")
     return None if needs_round and not isinstance(event.get("round"), int) else event

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from flocktune.files import write_atomic
-from flocktune.report import sections
+from flocktune.report import emulator, sections
 from flocktune.report.grids import legend
 from flocktune.report.outcome import main_method, outcome, tiles, travel
 from flocktune.report.runs import Experiment, load_experiment
@@ -62,6 +63,9 @@ def render_report(experiment: Experiment) -> str:
         "grid": grid,
         "grid_rows": list(zip(styles, grid.rows, strict=True)) if grid else [],
         "seeds": max((len(runs) for runs in experiment.methods.values()), default=1),
+        "split": drawn("What clients hold", _split),
+        "fidelity": drawn("The fidelity", lambda e: emulator.fidelity(e.methods.get(main_method(e)) or [])),
+        "client_cost": drawn("A client's cost", _client_cost) or "",
         "curves": drawn("The curves", sections.curves),
         "panels": drawn("The categories", sections.category_panels),
         "participation": drawn("Who took part", sections.who_took_part),
@@ -139,6 +143,17 @@ def _notes(experiment: Experiment) -> list[str]:
         if run.resumed:
             notes.append(f"{place}Resumed {run.resumed} time{'s' if run.resumed > 1 else ''}.")
     return notes
+
+
+def _split(experiment: Experiment) -> tuple[Markup, bool] | None:
+    """What clients hold of the model as a picture, and whether it is a wide one."""
+    found = emulator.read_emulator(experiment.methods.get(main_method(experiment)) or [])
+    return (emulator.split_picture(found), emulator.is_wide(found)) if found else None
+
+
+def _client_cost(experiment: Experiment) -> str:
+    labels = {key: method_label(key, summary) for key, summary in experiment.summaries.items()}
+    return emulator.client_cost(experiment.summaries, labels)
 
 
 def _heterogeneity(experiment: Experiment) -> str:
@@ -223,6 +238,8 @@ def _facts(experiment: Experiment) -> list[tuple[str, str]]:
     facts = [(name, str(version)) for name, version in (start.get("versions") or {}).items()]
     facts += [("device", str(start["device"]))] if start.get("device") else []
     facts += [("seed" if len(seeds) == 1 else "seeds", ", ".join(seeds))] if seeds else []
+    held = start.get("emulator")
+    facts += [("emulator, digest", str(held["digest"]))] if isinstance(held, Mapping) and held.get("digest") else []
     for key, summary in experiment.summaries.items():
         if summary.get("adapter_sha256"):
             facts.append((f"adapter of {method_label(key, summary)}, SHA-256", str(summary["adapter_sha256"])))

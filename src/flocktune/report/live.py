@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flocktune.report.summaries import METRIC_NAMES, SHARES, Value, method_label, number
+from flocktune.report.summaries import METRIC_NAMES, SHARES, Value, method_label, number, plain_dataset
 from flocktune.report.tables import NOTHING, format_bytes, format_metric, format_seconds
 
 _ROUNDS_REMEMBERED = 5
@@ -60,9 +60,14 @@ class LiveView:
                 self._say(f"{self._title()}: resumed after round {self._done}")
             case "round":
                 self._on_round(event)
+            case "alignment":
+                self._aligned = _aligned(event)
+                self._say(self._aligned)
             case "evaluation":
-                self._scores = _scores(event)
-                self._say(f"{event.get('dataset', 'test')} after round {event['round']}: {self._scores}")
+                dataset = str(event.get("dataset", "test"))
+                told = "AdapFu" if plain_dataset(dataset) == dataset else "AdapEmu"
+                self._scores[told] = _scores(event)
+                self._say(f"{dataset} after round {event['round']}: {self._scores[told]}")
             case "run_end":
                 self._say(f"{self._title()}: done")
 
@@ -87,8 +92,11 @@ class LiveView:
             f"{format_seconds(self._seconds_left())} left",
         ]
         rows: list[RenderableType] = [bars, Text(" · ".join(numbers))]
-        if self._scores:
-            rows.append(Text(f"held out: {self._scores}", style="dim"))
+        for told, scores in self._scores.items():
+            where = "" if list(self._scores) == ["AdapFu"] else f", {told}"
+            rows.append(Text(f"held out{where}: {scores}", style="dim"))
+        if self._aligned:
+            rows.append(Text(self._aligned, style="dim"))
         return Panel(Group(*rows), title=Text(self._title()), title_align="left", border_style="dim", width=78)
 
     def _reset(self, start: Mapping[str, Any]) -> None:
@@ -99,7 +107,8 @@ class LiveView:
         self._bytes_up = self._bytes_down = 0.0
         self._recent: deque[tuple[float, float]] = deque(maxlen=_ROUNDS_REMEMBERED)  # (seconds, tokens) of a round
         self._last: Mapping[str, Any] = {}
-        self._scores = ""
+        self._scores: dict[str, str] = {}  # where the adapter was tried -> what came out
+        self._aligned = ""
 
     def _on_round(self, event: Mapping[str, Any]) -> None:
         self._last = event
@@ -157,6 +166,22 @@ def _loss(event: Mapping[str, Any]) -> str:
 
 def _round_seconds(event: Mapping[str, Any]) -> float:
     return sum(number(value) or 0.0 for value in (event.get("seconds") or {}).values())
+
+
+def _aligned(event: Mapping[str, Any]) -> str:
+    """What the alignment before a round did to the divergence of the emulator; held-out rows say it best."""
+    fidelity = event.get("fidelity")
+    measured = [fidelity.get(rows) for rows in ("held_out", "public")] if isinstance(fidelity, Mapping) else []
+    values = next((value for value in measured if isinstance(value, Mapping)), {})
+    before, after = (number(values.get(when)) for when in ("before", "after"))
+    done = f"round {int(event['round']) + 1}: " + ("aligned" if event.get("steps") else "not aligned")
+    if after is None:
+        return done
+    return f"{done}, KL {'' if before in (None, after) else f'{_short(before)} -> '}{_short(after)}"
+
+
+def _short(divergence: float) -> str:
+    return f"{divergence:.2f}" if divergence >= 0.1 else f"{divergence:.2g}"
 
 
 def _scores(event: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from itertools import pairwise
 
+from flocktune.report.emulator import read_emulator, two_results, what_clients_hold
 from flocktune.report.runs import Experiment
 from flocktune.report.summaries import (
     METRIC_NAMES,
@@ -13,14 +14,16 @@ from flocktune.report.summaries import (
     Summary,
     Value,
     datasets,
+    emulator_dataset,
     headline_metric,
     is_baseline,
     method_label,
     metric,
     number,
+    plug_in_gap,
     travelled,
 )
-from flocktune.report.tables import format_bytes, format_metric, format_seconds
+from flocktune.report.tables import format_bytes, format_gap, format_metric, format_seconds
 
 _SAYS = {
     "checked": "answers {} of the held-out questions correctly",
@@ -32,10 +35,14 @@ _SAYS = {
 
 
 def main_method(experiment: Experiment) -> str:
-    """The method that the experiment is about: the federated one, else the only or last one."""
+    """The method that the experiment is about: the federated one, else the only or last one.
+
+    Beside FedBiOT, FedIT is only its upper bound.
+    """
     keys = list(experiment.summaries)
     federated = [key for key in keys if not is_baseline(key)]
-    return (federated or keys)[-1]
+    emulated = [key for key in federated if key.startswith("fedbiot")]
+    return (emulated or federated or keys)[-1]
 
 
 def outcome(experiment: Experiment) -> str:
@@ -47,10 +54,14 @@ def outcome(experiment: Experiment) -> str:
     parts = [_setting(experiment, key)]
     value = metric(summaries[key], dataset, name) if name else None
     if name and value:
-        parts.append(f"It {_SAYS.get(name, 'reaches {}').format(spoken(name, value))}.")
+        said = _SAYS.get(name, "reaches {}").format(spoken(name, value))
+        parts.append(two_results(summaries[key], dataset, name, said) or f"It {said}.")
         parts.append(_baselines(summaries, key, dataset, name))
     else:
         parts.append("It has not been evaluated yet.")
+    emulator = read_emulator(experiment.methods.get(key) or [])
+    if emulator:
+        parts.append(what_clients_hold(emulator))
     sent = travelled(key, summaries[key], "bytes_up")
     if sent:
         parts.append(f"All clients together sent {format_bytes(sent)}; no row of data left its owner.")
@@ -69,7 +80,14 @@ def tiles(experiment: Experiment) -> list[tuple[str, str, str]]:
         base = metric(experiment.summaries["base"], dataset, name) if "base" in experiment.summaries else None
         said = {"checked": "answered correctly", "loss": "held-out loss"}.get(name, METRIC_NAMES[name])
         remark = f"base model: {spoken(name, Value(base.mean))}" if base else f"on {dataset}"
-        found.append((spoken(name, value), said, remark))
+        emulated, gap = metric(summary, emulator_dataset(dataset), name), plug_in_gap(summary, dataset, name)
+        found.append((spoken(name, value), f"{said}, AdapFu" if emulated else said, remark))
+        if emulated and gap:
+            unit = " points" if name in SHARES else ""
+            found.append(
+                (format_gap(name, gap) + unit, "plug-in gap", f"AdapEmu: {spoken(name, Value(emulated.mean))}")
+            )
+    found += _emulator_tile(experiment, key)
     start = runs[0].start if runs else {}
     planned = start.get("rounds")
     rounds = f"{len(runs[0].rounds)} of {planned}" if planned else str(summary.get("rounds"))
@@ -109,6 +127,14 @@ def spoken(name: str, value: Value) -> str:
     return format_metric(name, value) + (" %" if name in SHARES else "")
 
 
+def _emulator_tile(experiment: Experiment, key: str) -> list[tuple[str, str, str]]:
+    emulator = read_emulator(experiment.methods.get(key) or [])
+    if emulator is None:
+        return []
+    share = "" if emulator.share is None else f"{emulator.share * 100:.0f} % of the parameters"
+    return [(f"{emulator.held} of {emulator.layers}", "layers held by clients", share)]
+
+
 def _setting(experiment: Experiment, key: str) -> str:
     runs = experiment.methods.get(key) or []
     label = method_label(key, experiment.summaries[key])
@@ -133,18 +159,25 @@ def _baselines(summaries: Mapping[str, Summary], main: str, dataset: str, name: 
     if local:
         told.append((f"a client alone (mean of {len(local)})" if len(local) > 1 else "a client alone",
                      statistics.fmean(local)))  # fmt: skip
+    if "fedit" in values and main != "fedit":
+        told.append(("FedIT on the full model", values["fedit"]))
     if "centralised" in values:
         told.append(("centralised training on all rows", values["centralised"]))
     told = [(said, value) for said, value in told if main not in ("base", "centralised") or value != values[main]]
     if not told:
         return ""
     text = "For comparison: " + ", ".join(f"{said} {spoken(name, Value(value))}" for said, value in told) + "."
-    ladder = [value for start in ("base", "local", main, "centralised") for value in _rung(values, start)]
-    if main in values and len(told) == 3:
-        rising = ladder if name in SHARES else [-value for value in ladder]
+    # With an emulator the claim needs its upper bound; a client alone is beside the point there.
+    bound = main.startswith("fedbiot") and "fedit" in values
+    steps = ["base", "local", main, *(["fedit"] if bound else []), "centralised"]
+    rungs = [(start, value) for start in steps for value in _rung(values, start)]
+    if main in values and (len(told) == 3 if not bound else "base" in values):
+        rising = [value if name in SHARES else -value for _, value in rungs]
         holds = all(left < right for left, right in pairwise(rising))
         seeds = len(summaries[main].get("seeds") or [main])
-        text += f" The order base < local < {method_label(main)} < centralised {'holds' if holds else 'does not hold'}"
+        called = {main: method_label(main), "fedit": "FedIT"}
+        order = " < ".join(called.get(start, start) for start, _ in rungs)
+        text += f" The order {order} {'holds' if holds else 'does not hold'}"
         text += f" in the means of {seeds} seeds." if seeds > 1 else " in this one seed."
     return text
 

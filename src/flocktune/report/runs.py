@@ -22,7 +22,7 @@ class Run:
 
     ``key`` tells methods of a comparison apart (``fedit``, ``local_2``). ``rounds`` holds each round once,
     in order. ``start`` is empty when the log has none; ``summary`` is made from the log when the run has
-    written none; ``ended`` says whether it has.
+    written none; ``ended`` says whether it has. ``alignments``: those of an emulator, one a round, in order.
     """
 
     key: str
@@ -30,6 +30,7 @@ class Run:
     start: Event
     rounds: Sequence[Event]
     evaluations: Sequence[Event]
+    alignments: Sequence[Event]
     resumed: int
     ended: bool
     summary: Summary
@@ -84,6 +85,7 @@ def load_run(folder: Path, key: str | None = None) -> Run:
     events, damaged = read_events_leniently(folder / LOG_NAME)
     start = next((event for event in reversed(events) if event["event"] == "run_start"), {})
     rounds = {event["round"]: event for event in events if event["event"] == "round"}
+    alignments = {event["round"]: event for event in events if event["event"] == "alignment"}
     written, problem = _read_summary(folder)
     ended = bool(written) or any(event["event"] == "run_end" for event in events)
     ordered = [rounds[number] for number in sorted(rounds)]
@@ -106,6 +108,7 @@ def load_run(folder: Path, key: str | None = None) -> Run:
         start=start,
         rounds=ordered,
         evaluations=sorted(evaluations, key=lambda event: event["round"]),
+        alignments=[alignments[number] for number in sorted(alignments)],
         resumed=sum(event["event"] == "resumed" for event in events),
         ended=ended,
         summary=summary,
@@ -122,6 +125,8 @@ def _is_run(folder: Path) -> bool:
 def _summarise(start: Event, rounds: Sequence[Event], evaluations: Sequence[Event]) -> Summary:
     """What a summary would say by now."""
     latest = {event.get("dataset", "test"): event for event in sorted(evaluations, key=lambda event: event["round"])}
+    emulator = start.get("emulator")
+    size = number(emulator.get("bytes")) if isinstance(emulator, dict) else None
     return {
         "method": start.get("method"),
         "seed": start.get("seed"),
@@ -135,7 +140,14 @@ def _summarise(start: Event, rounds: Sequence[Event], evaluations: Sequence[Even
         "seconds": sum(number(part) or 0 for event in rounds for part in (event.get("seconds") or {}).values()),
         "trainable_parameters": start.get("trainable_parameters"),
         "client": start.get("client"),
+        **({"bytes_emulator": size * _asked(rounds)} if size else {}),
     }
+
+
+def _asked(rounds: Sequence[Event]) -> int:
+    """How many clients were asked at least once."""
+    named = [event.get("selected") for event in rounds]
+    return len({str(client) for clients in named if isinstance(clients, list) for client in clients})
 
 
 def _read_summary(folder: Path) -> tuple[dict[str, Any], str]:

@@ -18,11 +18,13 @@ from flocktune.report.summaries import (
     SHARES,
     categories,
     datasets,
+    emulator_dataset,
     headline_metric,
     is_baseline,
     method_label,
     metric,
     number,
+    plain_dataset,
     travelled,
 )
 from flocktune.report.tables import format_bytes, format_seconds
@@ -121,7 +123,8 @@ def who_took_part(experiment: Experiment) -> Markup | None:
 
 def where_time_went(experiment: Experiment) -> Markup | None:
     """Seconds of each method by part of the work, summed over rounds; means over seeds."""
-    stacks, parts = [], dict.fromkeys(("load", "data", "forward and backward", "aggregate", "evaluate", "save"))
+    work = ("load", "data", "align", "forward and backward", "aggregate", "evaluate", "save")
+    stacks, parts = [], dict.fromkeys(work)
     for key, runs in experiment.methods.items():
         tables = [_seconds(run) for run in runs]
         names = dict.fromkeys(part for table in tables for part in table)
@@ -137,22 +140,28 @@ def where_time_went(experiment: Experiment) -> Markup | None:
 
 
 def what_travelled(experiment: Experiment) -> Markup | None:
-    """Bytes of each method by direction."""
+    """Bytes of each method by direction; an emulator, which a client gets once, is a part of its own."""
+    directions = {
+        "down, to clients": "bytes_down",
+        "up, from clients": "bytes_up",
+        "the emulator, once to a client": "bytes_emulator",
+    }
     stacks = []
     for key, summary in experiment.summaries.items():
-        down, up = travelled(key, summary, "bytes_down"), travelled(key, summary, "bytes_up")
-        if down or up:
-            parts = {"down, to clients": down or 0.0, "up, from clients": up or 0.0}
+        parts = {name: travelled(key, summary, where) or 0.0 for name, where in directions.items()}
+        if any(parts.values()):
             stacks.append(Stack(method_label(key, summary), parts))
     if not stacks:
         return None
     said = "; ".join(f"{stack.label} {format_bytes(sum(stack.parts.values()))}" for stack in stacks)
-    names = list(stacks[0].parts)
+    names = [
+        name for name in directions if name != "the emulator, once to a client" or any(s.parts[name] for s in stacks)
+    ]
     return stacked_bars(stacks, names, title="What travelled", description=said, value_format=format_bytes)
 
 
 def _training_loss(experiment: Experiment) -> Titled:
-    def points(run: Run) -> Points:
+    def points(run: Run, _: str) -> Points:
         losses = ((event["round"] + 1, number(event.get("train_loss"))) for event in run.rounds)
         return [(float(done), loss) for done, loss in losses if loss is not None]
 
@@ -165,19 +174,21 @@ def _evaluations(experiment: Experiment, dataset: str, name: str) -> Titled:
     sizes = Counter(_rows(event) for event in events)
     [(rows, _)] = sizes.most_common(1) or [(None, 0)]
 
-    def points(run: Run) -> Points:
-        same = (event for event in _on(run, dataset) if _rows(event) == rows)
+    def points(run: Run, looked_at: str) -> Points:
+        same = (event for event in _on(run, looked_at or dataset) if _rows(event) == rows)
         latest = {event["round"]: number((event.get("overall") or {}).get(name)) for event in same}
         return [(float(done), value) for done, value in latest.items() if value is not None]
 
     title = "Held-out loss, nats a token" if name == "loss" else METRIC_NAMES[name] + ", held-out rows"
     remarks = [dataset] if len(datasets(experiment.summaries)) > 1 else []
     remarks += [f"on {rows} rows"] if len(sizes) > 1 else []
-    return _chart(experiment, points, f"{title} ({', '.join(remarks)})" if remarks else title, _format(name))
+    title = f"{title} ({', '.join(remarks)})" if remarks else title
+    return _chart(experiment, points, title, _format(name), emulated=emulator_dataset(dataset))
 
 
 def _on(run: Run, dataset: str) -> list[Mapping[str, Any]]:
-    return [event for event in run.evaluations if event.get("dataset", dataset) == dataset]
+    unnamed = plain_dataset(dataset)  # old logs do not name it
+    return [event for event in run.evaluations if event.get("dataset", unnamed) == dataset]
 
 
 def _rows(event: Mapping[str, Any]) -> Any:
@@ -197,26 +208,45 @@ def _health(runs: Sequence[Run], field: str, title: str, label: str) -> Titled:
 
 
 def _chart(
-    experiment: Experiment, points: Callable[[Run], Points], title: str, y_format: Callable[[float], str]
+    experiment: Experiment,
+    points: Callable[[Run, str], Points],
+    title: str,
+    y_format: Callable[[float], str],
+    *,
+    emulated: str = "",
 ) -> Titled:
-    """One line a method: the mean over its seeds, with a band from the lowest to the highest."""
+    """One line a method: the mean over its seeds, with a band from the lowest to the highest.
+
+    ``points`` gets a run and the data set to look at (empty: the usual one). A method that was evaluated on
+    ``emulated`` too has two lines, AdapFu and AdapEmu.
+    """
     lines = []
+    twice = {key for key, runs in experiment.methods.items() if emulated and any(_on(run, emulated) for run in runs)}
     for key, runs in experiment.methods.items():
-        tables = [dict(points(run)) for run in runs]
-        places = sorted({x for table in tables for x in table})
-        if not places:
-            continue
-        values = {x: [table[x] for table in tables if x in table] for x in places}
-        band = [(x, min(values[x]), max(values[x])) for x in places] if len(tables) > 1 else []
         style, dash = style_of(key, list(experiment.methods))
-        means = [(x, statistics.fmean(values[x])) for x in places]
         label = _short_label(key, experiment.summaries[key])
-        lines.append(Line(label, means, style, dash, band, reference=key == "base"))
+        whose = f"{label}, " if len(twice) > 1 else ""  # room is short, and the colour says it too
+        full = _averaged([points(run, "") for run in runs])
+        if full[0]:
+            named = f"{whose}AdapFu" if key in twice else label
+            lines.append(Line(named, full[0], style, dash, full[1], reference=key == "base"))
+        on_emulator = _averaged([points(run, emulated) for run in runs]) if key in twice else ([], [])
+        if on_emulator[0]:
+            lines.append(Line(f"{whose}AdapEmu", on_emulator[0], style, "2 5", on_emulator[1]))
     flat = len({y for line in lines for _, y in line.points}) < 2
     if flat or not any(len(line.points) > 1 for line in lines):
         return None
     said = "; ".join(f"{line.label}: {y_format(line.points[0][1])} to {y_format(line.points[-1][1])}" for line in lines)
     return title, line_chart(lines, title=title, description=said, x_label="rounds done", y_format=y_format)
+
+
+def _averaged(seeds: Sequence[Points]) -> tuple[Points, Sequence[tuple[float, float, float]]]:
+    """The mean over seeds at every place, and with several the lowest and highest there."""
+    tables = [dict(points) for points in seeds]
+    places = sorted({x for table in tables for x in table})
+    values = {x: [table[x] for table in tables if x in table] for x in places}
+    band = [(x, min(values[x]), max(values[x])) for x in places] if len(tables) > 1 else []
+    return [(x, statistics.fmean(values[x])) for x in places], band
 
 
 def _measured(experiment: Experiment, dataset: str, name: str) -> bool:

@@ -3,6 +3,9 @@
 A summary is a JSON object: method, seed, rounds, metrics ``{dataset: {"overall": {name: value}, "categories":
 {category: {name: value}}}}``, bytes_up, bytes_down, seconds, and more. Over several seeds it has ``seeds``,
 ``metrics`` (means), ``metrics_std`` and ``runs`` (the summaries of each seed).
+
+Where clients hold an emulator of the model, the adapter was evaluated twice on the same rows: plugged into the
+full model (AdapFu, data set ``held_out``) and on the emulator (AdapEmu, ``held_out_emulator``).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ METRIC_NAMES = {
 SHARES = frozenset({"checked", "exact_match", "contains", "rouge_l"})
 """Metrics between 0 and 1, shown in percent: more is better. Of the others, less is better."""
 
+_ON_EMULATOR = "_emulator"
+
 
 @dataclass(frozen=True)
 class Value:
@@ -43,8 +48,38 @@ def metric(summary: Summary, dataset: str, name: str, category: str | None = Non
 
 
 def datasets(summaries: Mapping[str, Summary]) -> list[str]:
-    """The names of the data sets that any method was evaluated on, in order of first appearance."""
-    return list(dict.fromkeys(name for summary in summaries.values() for name in summary.get("metrics") or {}))
+    """The names of the data sets that any method was evaluated on, in order of first appearance.
+
+    An evaluation on the emulator is a second look at the same rows, so it has no data set of its own.
+    """
+    names = list(dict.fromkeys(name for summary in summaries.values() for name in summary.get("metrics") or {}))
+    return [name for name in names if name.removesuffix(_ON_EMULATOR) == name or plain_dataset(name) not in names]
+
+
+def plain_dataset(dataset: str) -> str:
+    """The data set whose rows an evaluation used, be it on the full model or on the emulator."""
+    return dataset.removesuffix(_ON_EMULATOR)
+
+
+def emulator_dataset(dataset: str) -> str:
+    """How the evaluation on the emulator is called, on the same rows as ``dataset``."""
+    return dataset + _ON_EMULATOR
+
+
+def has_emulator(summaries: Mapping[str, Summary], dataset: str) -> bool:
+    """Whether any method was evaluated on an emulator too."""
+    return any(emulator_dataset(dataset) in (summary.get("metrics") or {}) for summary in summaries.values())
+
+
+def plug_in_gap(summary: Summary, dataset: str, name: str) -> Value | None:
+    """AdapFu - AdapEmu: the mean over the seeds that measured both, with the deviation of their differences.
+
+    The two are measured on the same run, so the deviation of the difference is not that of either.
+    """
+    runs = [run for run in summary.get("runs") or [] if isinstance(run, Mapping)] or [summary]
+    pairs = ((metric(run, dataset, name), metric(run, emulator_dataset(dataset), name)) for run in runs)
+    gaps = [full.mean - emulated.mean for full, emulated in pairs if full and emulated]
+    return Value(statistics.fmean(gaps), _deviation(gaps)) if gaps else None
 
 
 def categories(summaries: Mapping[str, Summary], dataset: str) -> list[str]:
@@ -89,6 +124,9 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
         combined.pop("client", None)
     for key in ("bytes_up", "bytes_down", "seconds", "rounds"):
         combined[key] = _over([run.get(key) for run in runs], statistics.fmean)
+    for key in ("bytes_emulator", "client_cost"):  # only some methods have them
+        if key in combined:
+            combined[key] = _over([run.get(key) for run in runs], statistics.fmean)
     combined["peak_memory_bytes"] = _over([run.get("peak_memory_bytes") for run in runs], max)
     combined["metrics"] = _over(metrics, statistics.fmean)
     combined["metrics_std"] = _over(metrics, _deviation)
@@ -96,11 +134,11 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
 
 
 def method_order(key: str) -> tuple[int, str]:
-    """Sorts methods the way the claim reads: base, local, the federated method, centralised."""
-    for place, start in ((0, "base"), (1, "local"), (3, "centralised")):
+    """Sorts methods the way the claim reads: base, local, the federated ones (with an emulator first), centralised."""
+    for place, start in ((0, "base"), (1, "local"), (2, "fedbiot"), (4, "centralised")):
         if key.startswith(start):
             return place, key
-    return 2, key
+    return 3, key
 
 
 def method_label(key: str, summary: Summary | None = None) -> str:
@@ -109,7 +147,8 @@ def method_label(key: str, summary: Summary | None = None) -> str:
     if key.startswith("local"):
         number = key.removeprefix("local").strip("_-")
         return f"Local, {client}" if client else f"Local {number}".strip()
-    return {"base": "Base model", "fedit": "FedIT", "centralised": "Centralised"}.get(key, key)
+    names = {"base": "Base model", "fedbiot": "FedBiOT", "fedit": "FedIT", "centralised": "Centralised"}
+    return names.get(key, key)
 
 
 def is_baseline(key: str) -> bool:
@@ -118,7 +157,7 @@ def is_baseline(key: str) -> bool:
 
 
 def travelled(key: str, summary: Summary, name: str) -> float | None:
-    """``bytes_up`` or ``bytes_down`` of a federated method; None for the others, and when nothing was sent."""
+    """``bytes_up``, ``bytes_down``, ``bytes_emulator`` of a federated method; None for others, and for nothing sent."""
     return None if is_baseline(key) else number(summary.get(name)) or None
 
 

@@ -17,15 +17,24 @@ from flocktune.report.summaries import (
     Value,
     best_methods,
     datasets,
+    emulator_dataset,
+    has_emulator,
+    headline_metric,
     method_label,
     method_order,
     metric,
     number,
+    plug_in_gap,
     table_metrics,
     travelled,
 )
 
 NOTHING = "–"
+_COLUMNS = 80
+"""Letters that a terminal is sure to have in a line."""
+_METHOD_WIDTH = 15
+_SPARED = ("Loss", "Time")
+"""Columns that the terminal goes without, in this order, when an emulator's columns leave no room for them."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +54,41 @@ class Grid:
 
 
 def comparison_grid(summaries: Mapping[str, Summary], dataset: str) -> Grid:
-    """Methods x (scores, loss, bytes received and sent by all clients, time) on one data set."""
-    names = table_metrics(summaries, dataset)
+    """Methods x (scores, loss, bytes received and sent by all clients, time) on one data set.
+
+    With an emulator the score is the headline metric alone, on the full model (AdapFu) and on the emulator (AdapEmu),
+    and their difference.
+    """
+    headline = headline_metric(summaries, dataset) if has_emulator(summaries, dataset) else None
+    names = [headline, *(["loss"] if headline != "loss" else [])] if headline else table_metrics(summaries, dataset)
     best = {name: best_methods(summaries, dataset, name) for name in names}
     rows = []
     for key in sorted(summaries, key=method_order):
         summary = summaries[key]
-        scores = (Cell(format_metric(name, metric(summary, dataset, name)), key in best[name]) for name in names)
+        scores = [Cell(format_metric(name, metric(summary, dataset, name)), key in best[name]) for name in names]
+        if headline:
+            emulated = metric(summary, emulator_dataset(dataset), headline)
+            gap = plug_in_gap(summary, dataset, headline)
+            scores[1:1] = [Cell(format_metric(headline, emulated)), Cell(format_gap(headline, gap))]
         costs = (
             Cell(format_bytes(travelled(key, summary, "bytes_down"))),
             Cell(format_bytes(travelled(key, summary, "bytes_up"))),
             Cell(format_seconds(number(summary.get("seconds")))),
         )
         rows.append((Cell(method_label(key, summary)), *scores, *costs))
-    return Grid(("Method", *_headings(names), "Down", "Up", "Time"), tuple(rows))
+    headings = _headings(names)
+    if headline:
+        unit = " %" if headline in SHARES else ""
+        headings[:1] = [f"AdapFu{unit}", f"AdapEmu{unit}", "Gap"]
+    return Grid(("Method", *headings, "Down", "Up", "Time"), tuple(rows))
 
 
 def comparison_table(summaries: Mapping[str, Summary], dataset: str | None = None) -> Table:
     """The comparison on one data set (default: the first) for the terminal; the best of a column is bold."""
     chosen = dataset or next(iter(datasets(summaries)), "")
     grid = comparison_grid(summaries, chosen)
+    if has_emulator(summaries, chosen):
+        grid = _narrowed(grid)
     table = Table(
         title=_title(summaries, chosen),
         title_justify="left",
@@ -73,7 +97,9 @@ def comparison_table(summaries: Mapping[str, Summary], dataset: str | None = Non
         box=box.SIMPLE_HEAD,
     )
     for place, heading in enumerate(grid.headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=True, min_width=0 if place else 15)
+        table.add_column(
+            heading, justify="right" if place else "left", no_wrap=True, min_width=0 if place else _METHOD_WIDTH
+        )
     for row in grid.rows:
         table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     return table
@@ -114,6 +140,11 @@ def format_metric(name: str, value: Value | None) -> str:
     return mean if value.std is None else f"{mean} ± {value.std * scale:.{decimals}f}"
 
 
+def format_gap(name: str, gap: Value | None) -> str:
+    """A difference with its sign; of shares in points."""
+    return NOTHING if gap is None else ("+" if gap.mean > 0 else "") + format_metric(name, gap)
+
+
 def format_bytes(count: float | None) -> str:
     """Bytes in decimal units, three digits: ``12.3 MB``."""
     if count is None:
@@ -145,7 +176,24 @@ def _headings(names: Sequence[str]) -> list[str]:
 
 def _title(summaries: Mapping[str, Summary], dataset: str) -> str:
     seeds = max((len(summary.get("seeds") or [0]) for summary in summaries.values()), default=1)
-    return f"Comparison on {dataset or 'nothing yet'}" + (f", mean ± std of {seeds} seeds" if seeds > 1 else "")
+    headline = headline_metric(summaries, dataset) if has_emulator(summaries, dataset) else None
+    measured = f": {_headings([headline])[0]}" if headline else ""
+    over = f", mean ± std of {seeds} seeds" if seeds > 1 else ""
+    return f"Comparison on {dataset or 'nothing yet'}{measured}{over}"
+
+
+def _narrowed(grid: Grid) -> Grid:
+    """The grid without the columns that do not fit into a terminal of 80 columns."""
+    for heading in _SPARED:
+        lines = (grid.headings, *([cell.text for cell in row] for row in grid.rows))
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        if max(_METHOD_WIDTH, first) + sum(others) + 2 * len(others) <= _COLUMNS:  # two blanks part neighbours
+            break
+        if heading in grid.headings:
+            place = grid.headings.index(heading)
+            rows = tuple(row[:place] + row[place + 1 :] for row in grid.rows)
+            grid = Grid(grid.headings[:place] + grid.headings[place + 1 :], rows)
+    return grid
 
 
 def _padded(line: tuple[str, ...] | list[str], widths: list[int]) -> list[str]:

@@ -37,7 +37,7 @@ class Trackers:
         self._open: list[Any] = []
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Pass a round's or an evaluation's numbers on; a new run opens trackers of its own."""
+        """Pass the numbers of a round, an alignment or an evaluation on; a new run opens trackers of its own."""
         match event["event"]:
             case "run_start" | "resumed":
                 name = f"{event.get('name', self.folder.name)}-{event.get('method', 'resumed')}"
@@ -55,6 +55,14 @@ class Trackers:
                 self._log(
                     {key: event[key] for key in ("train_loss", "update_norm", "aggregation_error")}, event["round"] + 1
                 )
+            case "alignment":
+                losses = {f"alignment/{key}": event.get(key) for key in ("loss_first", "loss_last")}
+                fidelity = {
+                    f"fidelity/{rows}/{when}": value
+                    for rows, measured in (event.get("fidelity") or {}).items()
+                    for when, value in (measured or {}).items()
+                }
+                self._log({**losses, **fidelity}, event["round"])
             case "evaluation":
                 self._log(
                     {f"{event['dataset']}/{key}": value for key, value in event["overall"].items()}, event["round"]
