@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("overhead", "alternative", "server_memory")
+NAMES = ("overhead", "alternative", "server_memory", "client_cost")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

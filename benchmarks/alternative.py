@@ -37,6 +37,7 @@ from benchmarks.ladder import (
 )
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
 from flocktune.algorithms import fedavg
+from flocktune.algorithms.local import ClientData
 from flocktune.config.schema import AggregationConfig, Columns, LocalConfig, LoraConfig, ModelConfig
 from flocktune.data.batching import evaluation_batches, training_batches
 from flocktune.data.encoding import encode

@@ -94,11 +94,35 @@ def test_server_memory_runs_in_processes_of_its_own(measured: Any) -> None:
     assert set(result["values"]["seconds"]) == {"read", "aggregate"}
 
 
+def test_a_clients_cost_is_that_of_the_products_own_clients(measured: Any) -> None:
+    result, page = measured("client_cost")
+    found = result["values"]["6"]
+    assert found["difference"] <= 1e-5
+    passes = {
+        name: (each["expected_forward"], round(each["forward"], 9)) for name, each in found["passes"].items()
+    }  # backward passes of so small a model are mostly attention's, which the rule does not know
+    assert passes == {"FedIT": (6, 6), "FedBiOT, first epoch": (4, 4), "FedBiOT, later epochs": (2, 2)}
+    assert {name: len(each) for name, each in found["seconds"].items()} == dict.fromkeys([*passes, "bare loop"], 1)
+    (down, up), (fedit_down, fedit_up) = found["sent"]["FedBiOT, first epoch"], found["sent"]["FedIT"]
+    assert up < down < fedit_down == fedit_up
+    assert set(found["peaks"]) == {"FedIT", "FedBiOT, first epoch"}
+    assert "6 layers: bare loop" in page
+    assert "not judged" in page
+
+
+def test_a_clients_cost_is_not_compared_with_other_work(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = importlib.import_module("benchmarks.client_cost")
+    real = cost.bare_loop
+    monkeypatch.setattr(cost, "bare_loop", lambda *call: {name: 1.1 * value for name, value in real(*call).items()})
+    with pytest.raises(RuntimeError, match="same work"):
+        measured("client_cost")
+
+
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])
-    assert "overhead, alternative, server_memory" in capsys.readouterr().err
+    assert "overhead, alternative, server_memory, client_cost" in capsys.readouterr().err
 
 
 def test_turns_alternate_and_the_first_is_left_out() -> None:

@@ -280,3 +280,9 @@ def test_examples_digest_follows_the_text_and_its_order() -> None:
     assert len(digests) == 5
     assert examples_digest([Example("a", "b", "b")]) != examples_digest([Example("a", "", "b")])
     assert examples_digest([WANTED]) == examples_digest([Example("Name a fruit.", "A bowl.", "Plum", client="other")])
+
+
+def test_one_column_can_be_category_and_owner(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", {"instruction": "a", "response": "b", "category": "kind"})
+    [example] = read_examples(str(path), Columns(client="category"))
+    assert (example.category, example.client) == ("kind", "kind")

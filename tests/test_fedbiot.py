@@ -288,10 +288,10 @@ def train(pair: Pair, loss: object, batching: str = "padded", local: LocalConfig
     [
         EmulatorConfig(),
         EmulatorConfig(cache="disk"),
-        EmulatorConfig(cache="off"),
+        EmulatorConfig(cache="none"),
         EmulatorConfig(placement="first_and_last", adapter_layers=1),
     ],
-    ids=["memory", "disk", "off", "first_and_last"],
+    ids=["memory", "disk", "none", "first_and_last"],
 )
 def test_a_cached_step_is_a_full_step(batching: str, settings: EmulatorConfig) -> None:
     """Three epochs with and without the cache; only the order of sums inside a matrix product may differ."""
@@ -303,7 +303,7 @@ def test_a_cached_step_is_a_full_step(batching: str, settings: EmulatorConfig) -
     cached = train(pair, prefix.loss, batching)
     for name, value in plain.items():
         torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-6)
-    assert prefix.computed_rows == (21 if settings.cache == "off" else 7), "each row once, or each time"
+    assert prefix.computed_rows == (21 if settings.cache == "none" else 7), "each row once, or each time"
 
 
 def test_a_bounded_cache_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,6 +543,8 @@ def test_a_client_process_needs_no_full_model(deep: World, finished: Path, tmp_p
         for name in names
     }  # type: ignore[union-attr]
     assert set(decode_task(blob).tensors) == allowed, "factors of E and A go down, no weight of any model"
+    factors = sum(value.numel() * 4 for value in fed.start.values())
+    assert factors < len(blob) < factors + 4096, "and nothing else but names"
     (tmp_path / "task").write_bytes(blob)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(deep.recipe.read_text().replace(str(deep.model), str(tmp_path / "nowhere")))
@@ -589,6 +591,12 @@ def test_a_mistake_has_one_message(deep: World, cli: Cli, tmp_path: Path, verb: 
     assert said.err.count("error:") == 1
     assert "Traceback" not in said.all
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantised_emulator_needs_a_gpu_and_says_so(deep: World, cli: Cli, tmp_path: Path) -> None:
+    said = cli("run", deep.recipe, "emulator.quantization=4bit", "--out", tmp_path / "run")
+    assert said.code == 2
+    assert "emulator.quantization: expected none on cpu, got 4bit" in said.err
 
 
 def test_a_damaged_bundle_is_named(deep: World, finished: Path, cli: Cli, tmp_path: Path) -> None:

@@ -113,6 +113,24 @@ def test_killed_before_every_single_write_a_run_goes_on_to_the_same_bits(
             assert result(tmp_path / str(number)) == wanted, f"killed at disk call {number}"
 
 
+def test_a_kill_between_alignment_and_broadcast_loses_no_alignment(
+    forked: ForkedRuns, world: World, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    child = forked.start("run", world.recipe, *VARIANTS["fedbiot"], "--out", folder)
+    child.until(lambda: (folder / "state" / "round-00000.json").exists())
+    child.kill()
+    child.wait()
+    [before] = events(folder, "alignment")
+    assert not events(folder, "round"), "killed too late for this test to say anything"
+    assert go_on(forked, world, folder, VARIANTS["fedbiot"]).wait().code == 0
+    after = events(folder, "alignment")
+    assert after[0] == before, "it was not made again: its time is the same"
+    assert [event["round"] for event in after] == [0, 1]
+    assert events(folder, "round")[0]["seconds"]["align"] == before["seconds"]
+    assert result(folder) == result(unbroken["fedbiot"])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_random_instants_a_run_goes_on_to_the_same_bits(
     forked: ForkedRuns, world: World, unbroken: dict[str, Path], tmp_path: Path, variant: str

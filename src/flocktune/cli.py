@@ -178,7 +178,8 @@ def compress(
     bundle = compress_model(model, settings, public, to)
     plan, share = bundle.plan, bundle.parameters / bundle.full_parameters
     console.print(
-        f"Wrote {to}\n{len(plan.held)} of {plan.layers} layers, {share:.0%} of the parameters, {bundle.bytes:,} bytes.\n"
+        f"Wrote {to}\n"
+        f"{len(plan.held)} of {plan.layers} layers, {share:.0%} of the parameters, {bundle.bytes:,} bytes.\n"
         f"Adapter: layers {_listed(plan.adapter)}. Kept: {_listed(plan.kept)}. Left out: {_listed(plan.dropped)}.\n"
         "What it holds, it discloses: real layers, embeddings, head.",
         soft_wrap=True,

@@ -117,7 +117,17 @@ def load_emulator(config: RunConfig, bundle: Bundle) -> Emulated:
     settings = emulator_settings(config)
     model = replace(config.model, path=str(bundle.folder), quantization=settings.quantization)
     lora = emulator_lora(config.lora, bundle)
-    return Emulated(bundle, load_base(model, lora, config.runtime.device))
+    try:
+        return Emulated(bundle, load_base(model, lora, config.runtime.device))
+    except UserError as error:
+        raise UserError(*(_of_the_emulator(problem) for problem in error.problems)) from None
+
+
+def _of_the_emulator(problem: Problem | str) -> Problem | str:
+    """What is wrong with a quantised emulator is said of the setting that asked for it."""
+    if isinstance(problem, Problem) and problem.where == "model.quantization":
+        return replace(problem, where="emulator.quantization")
+    return problem
 
 
 def emulator_lora(lora: LoraConfig, bundle: Bundle) -> LoraConfig:

@@ -12,6 +12,7 @@ An experiment's folder holds such folders.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from flocktune.config.load import differences, dump_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, write_atomic, write_json
+from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.models.peft_io import export_peft
 from flocktune.types import Tensors
 
@@ -116,3 +118,17 @@ def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         Problem(str(folder), "what the run began with", f"a change of {line}", "Undo the change, or start a new run.")
         for line in changed
     )
+
+
+def show_bundle(bundle: Bundle, folder: Path) -> None:
+    """What clients get lies in the run's folder, so that it can be handed out, tried, and found after years."""
+    if folder.exists():
+        try:
+            read_bundle(folder, digest=bundle.digest)
+            return
+        except UserError:
+            shutil.rmtree(folder)
+    unfinished = folder.with_name(".emulator.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy_bundle(bundle.folder, unfinished)
+    unfinished.rename(folder)

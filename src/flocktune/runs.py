@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -16,22 +15,16 @@ import torch
 from flocktune.algorithms import fedavg, fedbiot
 from flocktune.assemble import Federation, federation
 from flocktune.config.load import config_digest, load_recipe
-from flocktune.config.schema import RunConfig
-from flocktune.costs import client_cost
-from flocktune.emulation import emulator_settings
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
-from flocktune.environment import peak_memory_bytes, versions
-from flocktune.errors import UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import State
-from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.resident import Base
-from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, write_adapter
-from flocktune.tensors import digest
+from flocktune.run_events import round_event, start_event, summarise
+from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, show_bundle, write_adapter
 from flocktune.types import Tensors
 
 HELD_OUT, ON_EMULATOR = "held_out", "held_out_emulator"
@@ -70,7 +63,7 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.identity, fed.identity)
         if fed.emulated:
-            _show_bundle(fed.emulated.bundle, folder / "emulator")
+            show_bundle(fed.emulated.bundle, folder / "emulator")
         log = _open_log(folder, checkpoint, fed.rounds)
         run = _Run(fed, folder, log, listeners, InProcess(fed.client), {"load": time.perf_counter() - started})
         return run.to_end(checkpoint, stop or threading.Event())
@@ -87,20 +80,6 @@ def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> Event
     else:
         path.unlink(missing_ok=True)
     return EventLog(path)
-
-
-def _show_bundle(bundle: Bundle, folder: Path) -> None:
-    """What clients get lies in the run's folder, so that it can be handed out, tried, and found after years."""
-    if folder.exists():
-        try:
-            read_bundle(folder, digest=bundle.digest)
-            return
-        except UserError:
-            shutil.rmtree(folder)
-    unfinished = folder.with_name(".emulator.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    copy_bundle(bundle.folder, unfinished)
-    unfinished.rename(folder)
 
 
 @dataclass
@@ -244,113 +223,3 @@ def evaluate_adapter(fed: Federation, base: Base, adapter: Tensors, max_rows: in
         pad_id=base.pad_id,
         max_rows=max_rows,
     )
-
-
-def start_event(fed: Federation) -> dict[str, Any]:
-    """What a run is, as its log opens. Counts only: no data."""
-    return {
-        "event": "run_start",
-        "name": fed.config.name,
-        "method": fed.config.method,
-        "seed": fed.config.seed,
-        "rounds": fed.rounds,
-        **fed.data.describe(),
-        **({"emulator": describe_emulator(fed.emulated.bundle, fed.config)} if fed.emulated else {}),
-        "trainable_parameters": sum(value.numel() for value in _trained(fed).values()),
-        "model": fed.config.model.path,
-        "device": str(fed.base.device),
-        "versions": versions(),
-    }
-
-
-def describe_emulator(bundle: Bundle, config: RunConfig) -> dict[str, Any]:
-    """What clients hold of the full model."""
-    plan, settings = bundle.plan, emulator_settings(config)
-    return {
-        "layers": len(plan.held),
-        "full_layers": plan.layers,
-        "adapter": list(plan.adapter),
-        "kept": list(plan.kept),
-        "dropped": list(plan.dropped),
-        "drop": settings.drop,
-        "placement": settings.placement,
-        "bytes": bundle.bytes,
-        "parameters": bundle.parameters,
-        "full_parameters": bundle.full_parameters,
-        "digest": bundle.digest,
-    }
-
-
-def _trained(fed: Federation) -> Tensors:
-    """What clients train: the names of an update."""
-    return fed.server.returned(fed.server.message(fed.server.init(fed.start), 0))
-
-
-def summarise(
-    fed: Federation, adapter: Tensors, results: Mapping[str, Evaluation], events: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The run in one JSON object, made from its log and its last evaluation."""
-    rounds = [event for event in events if event["event"] == "round"]
-    evaluations = [event for event in events if event["event"] == "evaluation"]
-    asked = {client for event in rounds for client in event["selected"]}
-    alone = {"client": fed.schedule(0).asked[0]} if fed.config.method == "local" else {}
-    return {
-        "name": fed.config.name,
-        "method": fed.config.method,
-        **alone,
-        "seed": fed.config.seed,
-        "rounds": len(rounds),
-        "metrics": {name: result.as_dict() for name, result in results.items()},
-        "bytes_up": sum(event["bytes_up"] for event in rounds),
-        "bytes_down": sum(event["bytes_down"] for event in rounds),
-        **({"bytes_emulator": fed.emulated.bundle.bytes * len(asked)} if fed.emulated else {}),
-        "seconds": sum(sum(event["seconds"].values()) for event in rounds)
-        + sum(event["seconds"] for event in evaluations),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "trainable_parameters": sum(value.numel() for value in adapter.values()),
-        "adapter_sha256": digest(adapter),
-        **client_cost(
-            fed.config,
-            fed.emulated.base if fed.emulated else fed.base,
-            fed.data.train.encoded,
-            fed.data.clients,
-            fed.schedule(0).asked,
-            fed.emulated.bundle.plan if fed.emulated else None,
-        ),
-    }
-
-
-def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[str, Any]:
-    """A round as the log tells it. Counts and means only: no data."""
-    data_s = record.metrics["data_seconds"].total
-    seconds = {
-        "data": data_s,
-        "forward_backward": record.seconds["train"] - data_s,
-        "aggregate": record.seconds["aggregate"],
-        "diagnose": record.seconds["diagnose"],
-        **more_seconds,
-    }
-    clients = {
-        name: {
-            "loss": client.metrics["loss"].value,
-            "weight": client.weight,
-            "tokens": client.metrics["tokens"].total,
-            "seconds": client.metrics["seconds"].total,
-        }
-        for name, client in record.clients.items()
-    }
-    return {
-        "event": "round",
-        "round": record.round,
-        "selected": list(record.selected),
-        "answered": list(record.clients),
-        "failures": [{"client": failure.client, "reason": failure.reason} for failure in record.failures],
-        "train_loss": record.metrics["loss"].value,
-        "clients": clients,
-        "update_norm": record.update_norm,
-        "aggregation_error": record.diagnostics.get("aggregation_error"),
-        "bytes_down": record.bytes_down,
-        "bytes_up": record.bytes_up,
-        "tokens": record.metrics["tokens"].total,
-        "seconds": seconds,
-    }

@@ -132,7 +132,7 @@ def fit(
     step_losses: list[Tensor] = []
     labels = tokens = 0
     limit = None if settings.steps is None else settings.steps * settings.accumulate
-    with _training_mode(model, trained), _seeded(device, seed):
+    with training_mode(model, trained), _seeded(device, seed):
         for step, group in enumerate(_groups(islice(batches, limit), settings.accumulate), start=first_step):
             group_labels = sum(batch.targets.numel() for batch in group)
             total = torch.zeros((), device=device)
@@ -207,7 +207,7 @@ def _optimizer(trained: Sequence[nn.Parameter], settings: LocalConfig) -> torch.
 
 
 @contextmanager
-def _training_mode(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def training_mode(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Training mode for the modules that own trained parameters, and for them alone: the base drops nothing out."""
     wanted = {id(parameter) for parameter in trained}
     before = {module: module.training for module in model.modules()}

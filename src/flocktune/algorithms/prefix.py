@@ -38,7 +38,7 @@ class PrefixCache:
     ) -> None:
         self.model, self.stack, self.layer = model, stack, layer
         self.dtype = torch.bfloat16 if settings.cache_dtype == "bfloat16" else None
-        self.left = settings.cache_mb * 2**20 if keep and settings.cache != "off" else 0
+        self.left = settings.cache_mb * 2**20 if keep and settings.cache != "none" else 0
         self.kept: dict[int, Tensor] = {}
         self.disk = _Disk(self.left) if self.left and settings.cache == "disk" else None
         self.computed_rows = 0

@@ -82,7 +82,8 @@ def find_layout(names: Sequence[str], columns: Columns, where: str) -> Columns:
         for field, name in told.items()
         if name is not None and name not in names
     )
-    taken = {name for name in told.values() if name is not None}
+    # One column can say both what kind a row is of and whose it is.
+    taken = {name for field, name in told.items() if name is not None and field not in ("category", "client")}
 
     def pick(field: str) -> str | None:
         return told[field] or next((name for name in _USUAL[field] if name in names and name not in taken), None)
