@@ -308,7 +308,7 @@ def test_a_round_that_nobody_is_there_for_fails_and_saved_rounds_stand(cli: Cli,
     trace.write_text(json.dumps({f"client-0{number}": [1, 1, 0] for number in range(1, 5)}))
     selection = f"scheduling.selection={{kind: availability, trace: {trace}, fraction: 0.5}}"
     said = cli("run", world.recipe, selection, "--out", tmp_path / "run")
-    refused(said, "expected updates of at least 1 clients, got 0", "scheduling.quorum", code=1)
+    refused(said, "expected updates of at least 1 client, got 0", "scheduling.quorum", code=1)
     saved = load_checkpoint(tmp_path / "run" / "state")
     assert saved is not None
     assert saved.rounds_done == 2

@@ -165,7 +165,7 @@ def test_below_the_quorum_the_round_fails_and_names_every_reason() -> None:
         return pull(task, memory)
 
     with pytest.raises(
-        RoundFailed, match=r"(?s)round 1: expected updates of at least 2 clients, got 1.*a is tired.*b is tired"
+        RoundFailed, match=r"(?s)round 2: expected updates of at least 2 clients, got 1.*a is tired.*b is tired"
     ):
         run(half=half, hooks=Hooks(on_round=lambda record, _: seen.append(record)))
     assert [record.round for record in seen] == [0], "a failed round reaches no checkpoint"

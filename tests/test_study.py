@@ -351,13 +351,13 @@ claims: [{{better: Away, than: Base, metric: loss}}]
         said = cli("study", write(tmp_path, world, text), "rounds=2", "--out", tmp_path / "o", "--quiet")
         assert said.code == 1
         assert "1 of 2 cells" in said.err
-        assert "Away, seed 0 failed: round 1: expected updates of at least" in said.out
+        assert "Away, seed 0 failed: round 2: expected updates of at least" in said.out
         away, base = tree(tmp_path / "o")["cells"]
         assert (away["state"], base["state"]) == ("failed", "finished")
         assert "lower scheduling.quorum" in away["reason"]
         assert "no seed has it of both: nothing can be said" in said.out
     for name in ("study.md", "study.html"):
-        assert "Away, seed 0 failed: round 1" in (tmp_path / "o" / name).read_text()
+        assert "Away, seed 0 failed: round 2" in (tmp_path / "o" / name).read_text()
 
 
 def test_from_python(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,16 @@ class UpdateRefused(FlocktuneError):
 
 
 class RoundFailed(FlocktuneError):
-    """Fewer clients answered than the quorum. Names every reason; the state is unchanged."""
+    """Fewer clients answered than the quorum. Names every reason; the state is unchanged.
+
+    ``round`` counts from 0, as everywhere in the code; the message counts from 1, as people do.
+    """
 
     def __init__(self, round: int, needed: int, answered: int, failures: Sequence[Failure]) -> None:
         self.failures = tuple(failures)
-        reasons = "\n".join(f"  {failure.client}: {failure.reason}" for failure in failures)
+        reasons = "".join(f"\n  {failure.client}: {failure.reason}" for failure in failures)
+        clients = "1 client" if needed == 1 else f"{needed} clients"
         super().__init__(
-            f"round {round}: expected updates of at least {needed} clients, got {answered}.\n{reasons}\n"
+            f"round {round + 1}: expected updates of at least {clients}, got {answered}.{reasons}\n"
             "Mend the clients and resume the run, or lower scheduling.quorum."
         )

@@ -132,7 +132,8 @@ def to_examples(
         except UserError as error:
             problems += [problem for problem in error.problems if isinstance(problem, Problem)]
     if problems:
-        raise UserError(*problems[:PROBLEMS_SHOWN], f"In all, {len(problems)} problems in {count} rows.")
+        counted = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(*problems[:PROBLEMS_SHOWN], f"In all: {counted} in {count} rows.")
     return examples
 
 

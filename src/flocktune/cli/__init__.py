@@ -1,0 +1,48 @@
+"""The command line. Verbs are thin: they read arguments, call the library, show what came out.
+
+Heavy libraries are imported inside the verbs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flocktune.cli.common import app, escaped, problems
+
+from flocktune.cli import preparing, running, results  # noqa: F401  # isort: skip  - as --help lists their verbs
+
+
+@contextmanager
+def _polite_errors() -> Iterator[None]:
+    """A user's mistake: every problem on stderr, exit code 2, no traceback. A failed round: exit code 1."""
+    from flocktune.errors import FlocktuneError, UserError
+
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            problems.print(f"[red]error:[/] {escaped(str(problem))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except FlocktuneError as error:
+        problems.print(f"[red]failed:[/] {escaped(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from None
+    except OSError as error:
+        problems.print(
+            f"[red]failed:[/] {escaped(str(error))}. What was saved before stands.", soft_wrap=True, highlight=False
+        )
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Entry point of ``flocktune``."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # oneDNN keeps a compiled kernel, with buffers, per shape; batches have hundreds of shapes (1,024 kept by default).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    with _polite_errors():
+        app(prog_name="flocktune")

@@ -1,0 +1,39 @@
+"""What all verbs share: the application, where it prints, the arguments that come again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="flocktune",
+    help="Federated fine-tuning of large language models: the data never moves, only small adapters do.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+problems = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML). Write one with: flocktune init")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, for example local.lr=1e-3")]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="One line a round instead of the live view.")]
+
+
+def existing_run(folder: Path) -> Path:
+    from flocktune.errors import Problem, UserError
+
+    if not (folder / "recipe.yaml").exists():
+        got = "nothing there" if not folder.exists() else "a folder without recipe.yaml"
+        raise UserError(Problem(str(folder), "a run's folder", got, "Start one with: flocktune run RECIPE"))
+    return folder
+
+
+def escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,102 @@
+"""Verbs after a run: how good it is, what it answers, files to take away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flocktune.cli.common import RunFolder, app, console, existing_run
+
+
+@app.command("eval")
+def evaluate_command(
+    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
+    data: Annotated[
+        str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    model: Annotated[
+        str, typer.Option("--as", help="FedBiOT: the adapter in the full model (full), or on the emulator (emulator).")
+    ] = "full",
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+) -> None:
+    """Loss, perplexity, exact match, contains and ROUGE-L, by category."""
+    from flocktune.files import write_json
+    from flocktune.report.tables import evaluation_table
+    from flocktune.results import evaluate_on, open_result
+
+    tuned = open_result(result, method, base, emulator=_as_emulator(model))
+    numbers = evaluate_on(tuned, data, max_rows).as_dict()
+    console.print(evaluation_table(numbers))
+    if output:
+        write_json(output, numbers)
+
+
+@app.command()
+def generate(
+    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
+    prompt: Annotated[str | None, typer.Option(help="An instruction. Without it: an interactive mode.")] = None,
+    context: Annotated[str, typer.Option(help="Text the instruction is about.")] = "",
+    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="What every random draw follows from.")] = 0,
+) -> None:
+    """Try the tuned model."""
+    from flocktune.results import answer_stream, open_result
+
+    tuned = open_result(result, method, base)
+
+    def say(instruction: str) -> None:
+        for piece in answer_stream(tuned, instruction, context, max_new_tokens, temperature, seed):
+            console.file.write(piece)
+            console.file.flush()
+        console.print()
+
+    if prompt is not None:
+        say(prompt)
+        return
+    console.print("Type an instruction; an empty line ends.", style="dim")
+    while instruction := _ask():
+        say(instruction)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")] = False,
+    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+) -> None:
+    """Write a PEFT adapter (default) or a merged transformers model."""
+    from flocktune.results import export_result
+
+    console.print(f"Wrote {export_result(existing_run(folder), method, to, merged=merged)}", soft_wrap=True)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write a self-contained HTML page about a run or a comparison."""
+    from flocktune.report.html import write_report
+
+    console.print(f"Wrote {write_report(existing_run(folder))}", soft_wrap=True)
+
+
+def _as_emulator(model: str) -> bool:
+    from flocktune.errors import Problem, UserError
+
+    if model not in ("full", "emulator"):
+        raise UserError(Problem("--as", "full or emulator", repr(model)))
+    return model == "emulator"
+
+
+def _ask() -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
