@@ -114,7 +114,8 @@ def cli(
     from flocktune.cli import main
 
     def run(*arguments: object) -> Said:
-        for cached in (resident.load_base, resident.load_instructions, resident.base_digest):
+        resident.forget_models()
+        for cached in (resident.load_instructions, resident.base_digest):
             cached.cache_clear()
         capsys.readouterr()
         caplog.clear()

@@ -17,7 +17,7 @@ from flocktune.config.schema import LocalConfig, ModelConfig, Named, RunConfig
 from flocktune.errors import UserError
 from flocktune.estimate import estimate
 from flocktune.experiment import plan
-from flocktune.resident import load_base
+from flocktune.resident import forget_models
 from flocktune.tensors import digest
 from flocktune.wire import encoded_size
 from tiny_models import tiny_tokenizer
@@ -80,7 +80,7 @@ def test_the_plan_of_a_comparison(config: RunConfig) -> None:
 
 def test_the_start_depends_on_the_seed_alone(config: RunConfig) -> None:
     first = digest(federation(config).start)
-    load_base.cache_clear()
+    forget_models()
     assert digest(federation(config).start) == first
     assert digest(federation(replace(config, seed=1)).start) != first
 

@@ -224,6 +224,8 @@ def numbers(folder: Path, recipe: Path, *changes: str) -> dict[str, float]:
 FIRST = {
     "tokens_per_step",
     "flops_per_step",
+    "forward_flops_per_step",
+    "backward_flops_per_step",
     "flops_per_token_first",
     "layer_flops_per_token_first",
     "activation_bytes",
@@ -235,6 +237,7 @@ ONE = "scheduling={selection: {kind: named, clients: [client-02]}}"
 def test_a_run_tells_what_a_step_of_its_clients_costs(world: World, tmp_path: Path, changes: tuple[str, ...]) -> None:
     found = numbers(tmp_path / "a", world.recipe, *changes)
     assert set(found) == FIRST
+    assert found["forward_flops_per_step"] + found["backward_flops_per_step"] == found["flops_per_step"]
     assert found["flops_per_step"] == pytest.approx(found["flops_per_token_first"] * found["tokens_per_step"])
     assert 0 < found["layer_flops_per_token_first"] < found["flops_per_token_first"]
     assert found == numbers(tmp_path / "b", world.recipe, *changes)

@@ -26,7 +26,9 @@ from flocktune.config.load import load_recipe
 from flocktune.config.schema import AlignmentConfig, EmulatorConfig, LocalConfig, LoraConfig, RunConfig
 from flocktune.data.batching import collate
 from flocktune.data.encoding import Encoded
+from flocktune.emulation import bundle_of
 from flocktune.errors import UserError
+from flocktune.experiment import plan
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.lora import attach
 from flocktune.models.split import plan_split
@@ -303,7 +305,8 @@ def test_a_cached_step_is_a_full_step(batching: str, settings: EmulatorConfig) -
     cached = train(pair, prefix.loss, batching)
     for name, value in plain.items():
         torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-6)
-    assert prefix.computed_rows == (21 if settings.cache == "none" else 7), "each row once, or each time"
+    never = settings.cache == "none" or pair.plan.frozen == 0  # below the first layer there is nothing to keep
+    assert prefix.computed_rows == (21 if never else 7), "each row once, or each time"
 
 
 def test_a_bounded_cache_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +316,7 @@ def test_a_bounded_cache_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) 
         prefix = PrefixCache(pair.emulator.model, pair.plan.stack, pair.plan.frozen, EmulatorConfig())
         prefix.left = rows_that_fit * 9 * 32 * 4
         results[rows_that_fit] = train(pair, prefix.loss)
-        used = sum(states.numel() * 4 for states in prefix.kept.values())
+        used = sum(states().numel() * 4 for states in prefix.kept.values())
         assert used <= rows_that_fit * 9 * 32 * 4
         assert len(prefix.kept) >= rows_that_fit
     for fewer in (0, 3):
@@ -329,7 +332,7 @@ def test_a_bfloat16_cache_rounds_every_state_kept_or_not() -> None:
         settings = EmulatorConfig(cache_dtype="bfloat16")
         prefix = PrefixCache(pair.emulator.model, pair.plan.stack, pair.plan.frozen, settings, keep=keep)
         results.append(train(pair, prefix.loss))
-        assert {states.dtype for states in prefix.kept.values()} == ({torch.bfloat16} if keep else set())
+        assert {states().dtype for states in prefix.kept.values()} == ({torch.bfloat16} if keep else set())
     exact = train(pair, PrefixCache(pair.emulator.model, pair.plan.stack, pair.plan.frozen, EmulatorConfig()).loss)
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=2e-3, atol=1e-5)
@@ -667,3 +670,102 @@ def test_as_emulator_needs_an_emulator(world: World, cli: Cli, tmp_path: Path) -
     said = cli("eval", tmp_path / "run", "--as", "emulator")
     assert said.code == 2
     assert "--as: expected full" in said.err
+
+
+def test_an_alignment_that_diverges_names_its_own_settings(deep: World, cli: Cli, tmp_path: Path) -> None:
+    said = cli("run", deep.recipe, "alignment.lr=1e12", "alignment.clip_norm=0", "--out", tmp_path / "run")
+    assert said.code == 1
+    assert "alignment before round 1: " in said.err
+    assert "Lower alignment.lr" in said.err
+    assert "local.lr" not in said.err
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_public_rows_must_fit_the_model_too(cli: Cli, tmp_path: Path, verb: str) -> None:
+    short = deep_model(max_position_embeddings=64)
+    short.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"Say {i}", "response": "yes"} for i in range(24)]
+    write_rows(tmp_path / "data.jsonl", rows)
+    write_rows(tmp_path / "public.jsonl", [{"instruction": "long " * 40, "response": "yes"}])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+method: fedbiot
+model: {{path: {tmp_path / "model"}}}
+lora: {{rank: 2}}
+data: {{train: {tmp_path / "data.jsonl"}, template: short, max_tokens: 96}}
+allocation: {{kind: iid, clients: 2}}
+emulator: {{drop: 0.34, choice: importance}}
+alignment: {{public: {tmp_path / "public.jsonl"}}}
+evaluation: {{max_new_tokens: 2}}
+""")
+    said = cli(verb, recipe, *(["--out", tmp_path / "run"] if verb == "run" else []))
+    assert said.code == 2
+    assert "data.max_tokens: expected at most the 64 tokens of the model's context" in said.err
+
+
+def test_a_resumed_run_takes_its_own_bundle_when_the_cache_is_gone(
+    deep: World, finished: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flocktune import emulation
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    monkeypatch.setenv("FLOCKTUNE_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(emulation, "compress", None)  # it must not be needed
+    assert cli("resume", run).code == 0
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (finished, run))
+    assert after["adapter_sha256"] == before["adapter_sha256"]
+
+
+def test_a_damaged_note_in_the_cache_costs_a_compression_and_nothing_else(
+    deep: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOCKTUNE_CACHE", str(tmp_path / "cache"))
+    config = load_recipe(deep.recipe)
+    first = bundle_of(config)
+    [note] = (tmp_path / "cache" / "emulators").glob("made-*.json")
+    for damage in ("{}", "[", json.dumps({"digest": "0" * 64})):
+        note.write_text(damage)
+        assert bundle_of(config).digest == first.digest
+    assert json.loads(note.read_text()) == {"digest": first.digest}
+    assert not list((tmp_path / "cache" / "emulators").glob(".*.tmp"))
+
+
+def test_another_bundle_in_a_runs_folder_is_not_evaluated(
+    deep: World, finished: Path, cli: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "emulator")
+    said = cli("eval", run, "--as", "emulator")
+    assert said.code == 2
+    assert "this run's emulator" in said.err
+    assert cli("compress", deep.model, "--drop", 0.67, "--to", run / "emulator").code == 0
+    said = cli("eval", run, "--as", "emulator")
+    assert said.code == 2
+    assert "emulator: expected the one of this run" in said.err
+    said = cli("eval", finished / "adapter", "--as", "emulator")
+    assert said.code == 2
+    assert "--as emulator: expected a run's folder" in said.err
+
+
+def test_half_a_bundle_of_a_killed_run_is_cleared_away(deep: World, finished: Path, cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    (run / "emulator").rename(run / ".emulator.tmp")
+    assert cli("resume", run).code == 0
+    assert (run / "emulator" / "emulator.json").exists()
+    assert not (run / ".emulator.tmp").exists()
+
+
+def test_baselines_on_the_full_model_take_neither_proximal_term_nor_half_an_adapter(deep: World) -> None:
+    overrides = ["compare={base: true, local: 1, fedit: true, centralised: true}", "lora.start_from=/some/adapter"]
+    runs = plan(load_recipe(deep.recipe, overrides), ["client-01"])
+    assert list(runs) == ["base", "local_1", "fedbiot", "fedit", "centralised"]
+    assert runs["fedbiot"].local.proximal_mu == 0.01
+    assert runs["fedbiot"].lora.start_from == "/some/adapter"
+    for name in ("base", "local_1", "fedit", "centralised"):
+        assert (runs[name].local.proximal_mu, runs[name].lora.start_from) == (0.0, None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +27,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from flocktune.config.schema import EmulatorConfig, LoraConfig, ModelConfig
 from flocktune.errors import UserError
 from flocktune.files import sha256_bytes
-from flocktune.models.bundle import MANIFEST, Bundle, _digest, copy_bundle, read_bundle, receive_bundle, write_bundle
+from flocktune.models.bundle import (
+    MANIFEST,
+    Bundle,
+    _digest,
+    copy_bundle,
+    read_bundle,
+    receive_bundle,
+    remove_dead,
+    write_bundle,
+)
 from flocktune.models.layers import (
     block_influence,
     drop_layers,
@@ -730,19 +742,21 @@ def test_another_process_fetches_the_same_bundle(bundle: Bundle, tmp_path: Path)
     assert [entry.name for entry in (cache / "emulators").iterdir()] == [bundle.digest]
 
 
-def test_a_copy_takes_no_room(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_bundle(bundle.folder, tmp_path / "linked")
-    weights = "model.safetensors"
-    assert (tmp_path / "linked" / weights).samefile(bundle.folder / weights)
+def test_a_copy_stands_alone(bundle: Bundle, tmp_path: Path) -> None:
+    copy_bundle(bundle.folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"damage")
+    with pytest.raises(UserError, match="damaged"):
+        read_bundle(tmp_path / "copy")
+    assert read_bundle(bundle.folder) == bundle
 
-    def refuse(*_: object) -> None:
-        raise OSError("another disk")
 
-    monkeypatch.setattr("os.link", refuse)
-    copy_bundle(bundle.folder, tmp_path / "copied")
-    assert not (tmp_path / "copied" / weights).samefile(bundle.folder / weights)
-    for name in ("linked", "copied"):
-        assert read_bundle(tmp_path / name).digest == bundle.digest
+def test_what_dead_processes_left_is_removed_and_the_living_ones_work_is_not(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead, mine, other = f".a.{done.stdout.strip()}.tmp", f".a.{os.getpid()}.tmp", ".notes.tmp"
+    for name in (dead, mine, other):
+        (tmp_path / name).mkdir()
+    remove_dead(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {mine, other}
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

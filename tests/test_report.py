@@ -720,7 +720,7 @@ def test_fedbiot_says_what_the_owner_and_a_client_gain(tmp_path: Path) -> None:
     assert "0f0f" in text
     assert "Fidelity of the emulator" in text
     assert "Before the first alignment it was off this scale: public rows 3.9, held-out rows 4." in text
-    assert "One local step costs a client: FedBiOT 1.25 GFLOP and 3.4 MB of activations; FedIT 2.5 GFLOP." in text
+    assert "One local step costs a client: FedBiOT 1.25 GFLOP, 3.4 MB of activations; FedIT 2.5 GFLOP." in text
     assert "FedBiOT, the emulator, once to a client: 50 MB" in text
     assert "FedBiOT, align: 12.0 s" in text
     assert text.index(">align<") < text.index(">forward and backward<")  # in the order of the work

@@ -33,7 +33,7 @@ VARIANTS = {
     ),
 }
 COMPARED = ("compare={base: true, local: 1, centralised: true}", "rounds=2", "evaluation.every=0")
-NOT_THE_RESULT = {"time", "seconds", "peak_memory_bytes"}
+NOT_THE_RESULT = {"time", "seconds", "client_seconds_per_step", "peak_memory_bytes"}
 
 Cli = Callable[..., Said]
 

@@ -35,7 +35,7 @@ from flocktune.study import execute_study
 from forked_runs import ForkedRuns
 
 Cli = Callable[..., Said]
-NOT_THE_RESULT = {"seconds", "peak_memory_bytes", "training_seconds"}
+NOT_THE_RESULT = {"seconds", "client_seconds_per_step", "peak_memory_bytes", "training_seconds"}
 
 GRID = """
 name: tiny-table

@@ -32,6 +32,7 @@ from flocktune.emulation import (
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
 from flocktune.interfaces import ClientHalf, ServerHalf
+from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
 from flocktune.resident import Base, Instructions, base_digest, load_base, load_instructions
@@ -119,15 +120,16 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     return ClientRows(train, test, clients, len(partition.unassigned))
 
 
-def federation(config: RunConfig) -> Federation:
+def federation(config: RunConfig, own_bundle: Path | None = None) -> Federation:
     """Build everything a run needs from its recipe. Raises UserError.
 
+    ``own_bundle``: where FedBiOT's run keeps its emulator; it is used when it is there, and made otherwise.
     The baselines are settings: ``base`` runs no round, ``local`` always selects one client, ``centralised`` has one
     client with all rows that takes as many steps a round as a whole cohort.
     """
     data = allocate_clients(config)
     if config.method == "fedbiot":
-        return _fedbiot(config, data)
+        return _fedbiot(config, data, own_bundle)
     base = load_base(config.model, config.lora, config.runtime.device)
     local = config.local
     if config.method == "centralised":
@@ -152,9 +154,10 @@ def federation(config: RunConfig) -> Federation:
     )
 
 
-def _fedbiot(config: RunConfig, data: ClientRows) -> Federation:
+def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Federation:
     """Both sides of FedBiOT in one process; the client's side is :func:`emulator_client`, as it is anywhere else."""
-    emulated = load_emulator(config, bundle_of(config))
+    check_context(config, data, load_skeleton(config.model))  # before rows are run through it to choose its layers
+    emulated = load_emulator(config, bundle_of(config, own_bundle))
     base, pair = pair_of(config, emulated)
     _refuse_misfits(config, data, emulated.base)
     public = public_data(config, base, data.test)
@@ -223,7 +226,8 @@ def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[n
 def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
     """Raise UserError when a row, or an answer with its prompt, has more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in (data.train, data.test))
+    parts = [data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])]
+    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in parts)
     if positions is not None and longest > positions:
         raise UserError(
             Problem(

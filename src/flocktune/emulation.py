@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +23,19 @@ from flocktune.data.encoding import Encoded, default_cache_folder
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import choose_rows
 from flocktune.files import read_json, write_json
-from flocktune.models.bundle import Bundle, read_bundle, receive_bundle, write_bundle
+from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle, remove_dead, write_bundle
 from flocktune.models.layers import block_influence, layer_stack, lora_within
 from flocktune.models.load import load_model, load_skeleton, load_tokenizer
 from flocktune.models.split import SplitPlan, plan_split
 from flocktune.resident import Base, Instructions, base_digest, load_base, load_instructions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+MAKE_THE_EMULATOR = ("adapter_layers", "drop", "placement", "choice")
+"""The settings that decide which layers an emulator has; the others are about its use."""
 
 IMPORTANCE_ROWS = 64
 """Public rows on which the influence of layers is measured."""
@@ -52,7 +61,7 @@ def split_of(config: RunConfig, public: Callable[[], Instructions]) -> SplitPlan
         return even
     rows = public()
     chosen = choose_rows(rows.examples, IMPORTANCE_ROWS)
-    model = load_model(config.model, torch.device("cpu"), stored_dtype=True)
+    model = _as_stored(config)
     batches = evaluation_batches(every_token(rows.encoded), chosen, batch_size=8, batching="padded", pad_id=0)
     influence = block_influence(model, stack, [(batch.input_ids, batch.label_index) for _, batch in batches])
     return plan_split(count, settings, stack=stack, importance=influence)
@@ -61,17 +70,31 @@ def split_of(config: RunConfig, public: Callable[[], Instructions]) -> SplitPlan
 def compress(config: RunConfig, folder: Path) -> Bundle:
     """Write the emulator of ``config.model`` as the recipe's ``emulator`` says. Raises UserError, OSError."""
     plan = split_of(config, lambda: public_rows(config))
-    model = load_model(config.model, torch.device("cpu"), stored_dtype=True)
-    return write_bundle(model, load_tokenizer(config.model), plan, base_digest(config.model), folder)
+    return write_bundle(_as_stored(config), load_tokenizer(config.model), plan, base_digest(config.model), folder)
 
 
-def bundle_of(config: RunConfig) -> Bundle:
-    """The run's bundle: ``emulator.path``, or one made of the full model and kept in the cache by what it is made of.
+def _as_stored(config: RunConfig) -> PreTrainedModel:
+    """The full model as its files are, to be taken apart: not quantised, on the CPU."""
+    plain = replace(config.model, quantization="none", gradient_checkpointing=False)
+    return load_model(plain, torch.device("cpu"), stored_dtype=True)
+
+
+def bundle_of(config: RunConfig, own: Path | None = None) -> Bundle:
+    """The run's bundle: ``own``, the one in its folder, when it is there and sound; else ``emulator.path``; else one
+    made of the full model and kept in the cache by what it is made of.
 
     Raises UserError when it is damaged, or another model's.
     """
     settings = emulator_settings(config)
     full_digest = base_digest(config.model)
+    if own is not None and own.exists():
+        try:
+            bundle = read_bundle(own)
+        except UserError as error:
+            _LOG.warning("the run's own emulator is damaged and is made again: %s", error)
+        else:
+            if bundle.full_digest == full_digest:
+                return bundle
     if settings.path is not None:
         bundle = read_bundle(Path(settings.path).expanduser())
         if bundle.full_digest != full_digest:
@@ -90,21 +113,26 @@ def bundle_of(config: RunConfig) -> Bundle:
         asked["public"] = public_rows(config).digest
     key = hashlib.sha256(json.dumps([full_digest, asked], sort_keys=True).encode()).hexdigest()
     note = cache / "emulators" / f"made-{key[:32]}.json"
-    if note.exists():
-        return receive_bundle(str(read_json(note)["digest"]), partial(compress, config), cache)
+    if (known := _noted(note, cache)) is not None:
+        return known
     bundle = _made(config, cache)
     write_json(note, {"digest": bundle.digest})
     return bundle
 
 
-MAKE_THE_EMULATOR = ("adapter_layers", "drop", "placement", "choice")
-"""The settings that decide which layers an emulator has; the others are about its use."""
+def _noted(note: Path, cache: Path) -> Bundle | None:
+    """The bundle that a note of the cache names, when both are sound."""
+    try:
+        digest = str(read_json(note)["digest"])
+        return read_bundle(bundle_folder(cache, digest), digest=digest)
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _made(config: RunConfig, cache: Path) -> Bundle:
     made = cache / "emulators" / f".made.{os.getpid()}.tmp"
     made.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(made, ignore_errors=True)
+    remove_dead(made.parent)
     try:
         digest = compress(config, made).digest
         return receive_bundle(digest, made.rename, cache)
@@ -118,12 +146,12 @@ def load_emulator(config: RunConfig, bundle: Bundle) -> Emulated:
     model = replace(config.model, path=str(bundle.folder), quantization=settings.quantization)
     lora = emulator_lora(config.lora, bundle)
     try:
-        return Emulated(bundle, load_base(model, lora, config.runtime.device))
+        return Emulated(bundle, load_base(model, lora, config.runtime.device, beside=1))
     except UserError as error:
-        raise UserError(*(_of_the_emulator(problem) for problem in error.problems)) from None
+        raise UserError(*(of_the_emulator(problem) for problem in error.problems)) from None
 
 
-def _of_the_emulator(problem: Problem | str) -> Problem | str:
+def of_the_emulator(problem: Problem | str) -> Problem | str:
     """What is wrong with a quantised emulator is said of the setting that asked for it."""
     if isinstance(problem, Problem) and problem.where == "model.quantization":
         return replace(problem, where="emulator.quantization")
@@ -139,7 +167,7 @@ def emulator_lora(lora: LoraConfig, bundle: Bundle) -> LoraConfig:
 def load_full(config: RunConfig, plan: SplitPlan) -> Base:
     """The full model with LoRA on the adapter's layers alone. Raises UserError."""
     lora = lora_within(load_skeleton(config.model), config.lora, plan.stack, plan.adapter)
-    return load_base(config.model, lora, config.runtime.device)
+    return load_base(config.model, lora, config.runtime.device, beside=1)
 
 
 def public_rows(config: RunConfig) -> Instructions:

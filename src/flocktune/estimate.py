@@ -14,10 +14,10 @@ from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
 from flocktune.assemble import allocate_clients, check_context, given_adapter, scheduler
 from flocktune.config.schema import RunConfig
-from flocktune.emulation import bundle_of, emulator_settings, public_rows
+from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
-from flocktune.models.load import Description, describe, load_skeleton, pick_device, stored_dtype
+from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
 from flocktune.models.split import plan_split
 from flocktune.report.tables import format_bytes
@@ -76,7 +76,9 @@ def estimate(config: RunConfig) -> Estimate:
 
     skeleton = attempt(lambda: load_skeleton(config.model))
     counts = attempt(lambda: _counts(config, skeleton)) if skeleton is not None else None
-    attempt(lambda: pick_device(config.runtime.device))
+    device = attempt(lambda: pick_device(config.runtime.device))
+    if device is not None:
+        attempt(lambda: _refuse_quantization(config, device))
     attempt(lambda: refuse_missing(config))
     data = attempt(lambda: allocate_clients(config))
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
@@ -143,12 +145,24 @@ def _counts(config: RunConfig, skeleton: PreTrainedModel) -> _Counts:
     else:
         plan = plan_split(base.layers, replace(settings, choice="uniform"), stack=layer_stack(skeleton))
     small = drop_layers(load_skeleton(config.model), plan)
-    held = describe(config.model, small)
+    held = describe(replace(config.model, quantization=settings.quantization), small)
     factors = _empty(shapes(small, lora_within(small, config.lora, plan.stack, range(len(plan.held)))))
     parts = split_tensors(plan, factors)
     stored = held.parameters * stored_dtype(config.model).itemsize
     emulator = EmulatorCosts(len(plan.held), plan.layers, held.parameters, stored)
     return _Counts(base, held, plan.to_full(parts[ADAPTER]), parts[EMULATOR], len(plan.held) - plan.frozen, emulator)
+
+
+def _refuse_quantization(config: RunConfig, device: torch.device) -> None:
+    """Raise UserError when the model, or FedBiOT's emulator, can not be quantised here as the recipe asks."""
+    if config.model.quantization != "none":
+        quantization_settings(config.model, device)
+    settings = emulator_settings(config)
+    if config.method == "fedbiot" and settings.quantization != "none":
+        try:
+            quantization_settings(replace(config.model, quantization=settings.quantization), device)
+        except UserError as error:
+            raise UserError(*map(of_the_emulator, error.problems)) from None
 
 
 def _empty(wanted: Mapping[str, tuple[int, ...]]) -> Tensors:

@@ -100,16 +100,23 @@ def plan(config: RunConfig, clients: Sequence[str]) -> Mapping[str, RunConfig]:
     """
     compare = config.compare
     alone = replace(config, compare=type(compare)())
-    runs = {"base": replace(alone, method="base")} if compare.base else {}
+    whole = alone if config.method != "fedbiot" else _on_the_full_model(alone)
+    runs = {"base": replace(whole, method="base")} if compare.base else {}
     for number, client in enumerate(_local_clients(config, clients), start=1):
         scheduling = replace(config.scheduling, selection=Named((client,)), over_select=0.0)
-        runs[f"local_{number}"] = replace(alone, method="local", scheduling=scheduling)
+        runs[f"local_{number}"] = replace(whole, method="local", scheduling=scheduling)
     runs[config.method] = alone
     if compare.fedit:
-        runs["fedit"] = replace(alone, method="fedit")
+        runs["fedit"] = replace(whole, method="fedit")
     if compare.centralised:
-        runs["centralised"] = replace(alone, method="centralised")
+        runs["centralised"] = replace(whole, method="centralised")
     return runs
+
+
+def _on_the_full_model(config: RunConfig) -> RunConfig:
+    """FedBiOT's recipe for its baselines: without its proximal term, from no adapter, which would be of some layers."""
+    local = replace(config.local, proximal_mu=0.0, proximal_on="factors")
+    return replace(config, local=local, lora=replace(config.lora, start_from=None))
 
 
 def _local_clients(config: RunConfig, clients: Sequence[str]) -> list[str]:

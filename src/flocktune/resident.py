@@ -53,9 +53,30 @@ class Instructions:
         return replace(self, examples=[self.examples[row] for row in rows], encoded=self.encoded.take(rows))
 
 
-@lru_cache(maxsize=2)  # FedBiOT holds two: the full model and its emulator
-def load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
-    """Load the base model, attach an adapter, remember both. Raises UserError."""
+_HELD: dict[tuple[ModelConfig, LoraConfig, str], Base] = {}
+
+
+def load_base(model: ModelConfig, lora: LoraConfig, device: str, *, beside: int = 0) -> Base:
+    """Load the base model and attach an adapter, or take those that are in memory already.
+
+    Others are let go before it is loaded, but for the ``beside`` used last: FedBiOT needs two, the full model and its
+    emulator. Raises UserError.
+    """
+    key = (model, lora, device)
+    if key not in _HELD:
+        for other in list(_HELD)[: max(0, len(_HELD) - beside)]:
+            del _HELD[other]
+        _HELD[key] = _load_base(model, lora, device)
+    _HELD[key] = _HELD.pop(key)  # the newest
+    return _HELD[key]
+
+
+def forget_models() -> None:
+    """Let all models go: what their files hold, or what is in memory, is no longer the same."""
+    _HELD.clear()
+
+
+def _load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
     tokenizer = load_tokenizer(model)
     where = pick_device(device)
     network = load_model(model, where)

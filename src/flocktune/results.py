@@ -20,10 +20,11 @@ from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
-from flocktune.models.bundle import Bundle, read_bundle
+from flocktune.models.bundle import MANIFEST, Bundle, read_bundle
 from flocktune.models.load import quietly
 from flocktune.models.peft_io import CONFIG_FILE, import_peft
-from flocktune.resident import Base, load_base, load_instructions
+from flocktune.report.events import LOG_NAME, read_events
+from flocktune.resident import Base, forget_models, load_base, load_instructions
 from flocktune.run_folder import EXPERIMENT, PROMPTING, write_adapter
 from flocktune.types import Tensors
 
@@ -45,6 +46,9 @@ def open_result(
     ``emulator``: FedBiOT's adapter on the emulator, as clients have it, not in the full model. Raises UserError.
     """
     if emulator:
+        if (path / CONFIG_FILE).exists() or base_model:
+            got = "an adapter's folder" if (path / CONFIG_FILE).exists() else "a base model of your own (--base)"
+            raise UserError(Problem("--as emulator", "a run's folder, which holds its emulator", got))
         return _open_emulator(find_run(path, method))
     if (path / CONFIG_FILE).exists():
         tensors, lora = import_peft(path)
@@ -72,13 +76,25 @@ def _open_emulator(run: Path) -> Tuned:
     config = load_recipe(run / "recipe.yaml")
     if config.method != "fedbiot":
         raise UserError(Problem("--as", "full, for a run without an emulator", f"emulator ({run} is {config.method})"))
-    bundle = read_bundle(run / "emulator")
+    bundle = _own_bundle(run)
     tensors, lora = import_peft(run / "emulator_adapter")
     model = replace(config.model, path=str(bundle.folder), quantization=emulator_settings(config).quantization)
     config = replace(config, model=model, lora=lora)
     base = load_base(config.model, config.lora, config.runtime.device)
     base.adapter.load(tensors)
     return Tuned(config, base, tensors)
+
+
+def _own_bundle(run: Path) -> Bundle:
+    """The run's emulator, and no other that was put in its place. Raises UserError."""
+    start = next((event for event in read_events(run / LOG_NAME) if event["event"] == "run_start"), {})
+    digest = str(start.get("emulator", {}).get("digest", ""))
+    if not (run / "emulator" / MANIFEST).exists():
+        what = f"this run's emulator, {digest[:12]}..."
+        raise UserError(
+            Problem(str(run / "emulator"), what, "nothing there", "Bring it back from a copy, or run again.")
+        )
+    return read_bundle(run / "emulator", digest=digest)
 
 
 def find_run(path: Path, method: str | None = None) -> Path:
@@ -155,7 +171,7 @@ def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> 
             with quietly():
                 tuned.base.adapter.merge().save_pretrained(to)
                 tuned.base.tokenizer.save_pretrained(to)
-            load_base.cache_clear()  # the resident model is no longer the base
+            forget_models()  # the resident model is no longer the base
         else:
             write_adapter(to, tuned.adapter, tuned.config, tuned.base.model)
     except (OSError, SafetensorError) as error:

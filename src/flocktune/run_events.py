@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flocktune.assemble import Federation
-from flocktune.config.schema import RunConfig
 from flocktune.costs import client_cost
-from flocktune.emulation import emulator_settings
 from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
@@ -26,7 +24,7 @@ def start_event(fed: Federation) -> dict[str, Any]:
         "seed": fed.config.seed,
         "rounds": fed.rounds,
         **fed.data.describe(),
-        **({"emulator": describe_emulator(fed.emulated.bundle, fed.config)} if fed.emulated else {}),
+        **({"emulator": describe_emulator(fed.emulated.bundle)} if fed.emulated else {}),
         "trainable_parameters": sum(value.numel() for value in _trained(fed).values()),
         "model": fed.config.model.path,
         "device": str(fed.base.device),
@@ -34,17 +32,17 @@ def start_event(fed: Federation) -> dict[str, Any]:
     }
 
 
-def describe_emulator(bundle: Bundle, config: RunConfig) -> dict[str, Any]:
-    """What clients hold of the full model."""
-    plan, settings = bundle.plan, emulator_settings(config)
+def describe_emulator(bundle: Bundle) -> dict[str, Any]:
+    """What clients hold of the full model, as the bundle has it: a recipe that names a bundle may say otherwise."""
+    plan = bundle.plan
     return {
         "layers": len(plan.held),
         "full_layers": plan.layers,
         "adapter": list(plan.adapter),
         "kept": list(plan.kept),
         "dropped": list(plan.dropped),
-        "drop": settings.drop,
-        "placement": settings.placement,
+        "drop": len(plan.dropped) / (len(plan.dropped) + len(plan.kept)),
+        "placement": "last" if plan.frozen else "first_and_last",
         "bytes": bundle.bytes,
         "parameters": bundle.parameters,
         "full_parameters": bundle.full_parameters,
@@ -77,6 +75,7 @@ def summarise(
         **({"bytes_emulator": fed.emulated.bundle.bytes * len(asked)} if fed.emulated else {}),
         "seconds": sum(sum(event["seconds"].values()) for event in rounds)
         + sum(event["seconds"] for event in evaluations),
+        "client_seconds_per_step": _seconds_per_step(rounds),
         "peak_memory_bytes": peak_memory_bytes(),
         "trainable_parameters": sum(value.numel() for value in adapter.values()),
         "adapter_sha256": digest(adapter),
@@ -89,6 +88,13 @@ def summarise(
             fed.emulated.bundle.plan if fed.emulated else None,
         ),
     }
+
+
+def _seconds_per_step(rounds: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of clients' own time, everything that a step needs in it; None when nobody took one."""
+    clients = [client for event in rounds for client in event["clients"].values()]
+    steps = sum(client["steps"] for client in clients)
+    return sum(client["seconds"] for client in clients) / steps if steps else None
 
 
 def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -107,6 +113,7 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
             "weight": client.weight,
             "tokens": client.metrics["tokens"].total,
             "seconds": client.metrics["seconds"].total,
+            "steps": client.metrics["steps"].total,
         }
         for name, client in record.clients.items()
     }

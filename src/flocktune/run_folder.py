@@ -23,7 +23,7 @@ from torch import nn
 from flocktune.config.load import differences, dump_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
-from flocktune.files import exclusive, write_atomic, write_json
+from flocktune.files import exclusive, sync_folder, write_atomic, write_json
 from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.models.peft_io import export_peft
 from flocktune.types import Tensors
@@ -102,8 +102,11 @@ def logged(folder: Path) -> Iterator[None]:
 
 def remove_strays(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left: half a file, under a name that nobody reads."""
-    for stray in folder.rglob(".*.tmp"):
-        stray.unlink(missing_ok=True)
+    for stray in list(folder.rglob(".*.tmp")):
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
 
 
 def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -132,3 +135,4 @@ def show_bundle(bundle: Bundle, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     copy_bundle(bundle.folder, unfinished)
     unfinished.rename(folder)
+    sync_folder(folder.parent)

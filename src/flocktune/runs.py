@@ -58,7 +58,7 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         config = load_recipe(folder / "recipe.yaml")
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
-        fed = federation(config)
+        fed = federation(config, folder / "emulator")
         checkpoint = load_checkpoint(folder / "state")
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.identity, fed.identity)
@@ -201,7 +201,9 @@ class _Run:
         self._export(adapter, self.folder / "adapter")
         if fed.emulated:
             whole, model = fedbiot.emulator_result(state), fed.emulated.base.model
-            write_adapter(self.folder / "emulator_adapter", whole, fed.config, model, str(self.folder / "emulator"))
+            write_adapter(
+                self.folder / "emulator_adapter", whole, fed.config, model, str((self.folder / "emulator").resolve())
+            )
         summary = summarise(fed, adapter, results, read_events(self.log.path))
         self._emit({"event": "run_end", "summary": summary})
         write_json(self.folder / "summary.json", summary)

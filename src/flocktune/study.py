@@ -18,14 +18,16 @@ from flocktune.assemble import allocate_clients, scheduler
 from flocktune.config.load import config_digest, differences, load_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.config.study import Cell, Study
+from flocktune.emulation import emulator_settings, public_rows
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
+from flocktune.models.bundle import read_bundle
 from flocktune.models.load import model_digest
 from flocktune.report.events import LOG_NAME, read_events_leniently
 from flocktune.report.study_page import write_study
 from flocktune.report.study_rows import Outcome, StudyResult
 from flocktune.report.trackers import Trackers, refuse_missing
-from flocktune.run_folder import create_run, is_finished
+from flocktune.run_folder import IDENTITY, create_run, is_finished
 from flocktune.runs import Listener, Stopped, execute
 
 INPUTS = "inputs.json"
@@ -143,17 +145,15 @@ def _check_inputs(configs: Sequence[RunConfig], folder: Path) -> None:
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue
-        tree = to_tree(config)
-        key = json.dumps([tree["data"], tree["model"]], sort_keys=True)
-        before = found.setdefault(key, mine)
-        for what, name in (("data", "training data"), ("test", "test data"), ("model", "base model")):
+        before = found.setdefault(_named_inputs(config), mine)
+        for what, now in mine.items():
             problem = Problem(
                 str(folder),
                 "what the study began with",
-                f"a change of the {name}: {before[what][:12]}... -> {mine[what][:12]}...",
+                f"a change of the {IDENTITY[what]}: {before.get(what, 'none')[:12]}... -> {now[:12]}...",
                 "Undo the change, or choose another folder with --out.",
             )
-            if before[what] != mine[what] and problem not in problems:
+            if before.get(what) != now and problem not in problems:
                 problems.append(problem)
     UserError.raise_all(problems)
     if found != known:
@@ -163,7 +163,21 @@ def _check_inputs(configs: Sequence[RunConfig], folder: Path) -> None:
 def _inputs(config: RunConfig) -> Mapping[str, str]:
     data = allocate_clients(config)
     scheduler(config, data.clients)  # raises for a client that is not there
-    return {"data": data.train.digest, "test": data.test.digest, "model": _model_digest(config.model)}
+    inputs = {"data": data.train.digest, "test": data.test.digest, "model": _model_digest(config.model)}
+    if config.method == "fedbiot":
+        inputs["public"] = public_rows(config).digest
+        if (path := emulator_settings(config).path) is not None:
+            inputs["emulator"] = read_bundle(Path(path).expanduser()).digest
+    return inputs
+
+
+def _named_inputs(config: RunConfig) -> str:
+    """The parts of a recipe that name what a run stands on, as text."""
+    tree = to_tree(config)
+    named = [tree["data"], tree["model"]]
+    if config.method == "fedbiot":
+        named += [tree["alignment"][key] for key in ("public", "columns", "max_rows")] + [tree["emulator"]["path"]]
+    return json.dumps(named, sort_keys=True)
 
 
 _model_digest = lru_cache(maxsize=4)(model_digest)  # it may be gigabytes

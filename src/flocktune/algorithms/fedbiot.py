@@ -35,7 +35,7 @@ from flocktune.models.lora import Adapter
 from flocktune.models.split import SplitPlan
 from flocktune.seeds import derive_seed
 from flocktune.tensors import group, prefixed
-from flocktune.training import fit
+from flocktune.training import NotFinite, fit
 from flocktune.types import ClientTask, Tensors, Update
 
 KIND = "fedbiot"
@@ -84,7 +84,10 @@ def server_half(
             batches = public.batches(derive_seed(seed, round, "alignment"), steps)
             with training_only(pair.emulator, emulator) as trained:
                 dropout = derive_seed(seed, round, "alignment dropout")
-                fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=dropout, loss=loss)
+                try:
+                    fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=dropout, loss=loss)
+                except NotFinite as error:
+                    raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
             now = pair.emulator.tensors()
             state = {**state, **prefixed(EMULATOR, {name: now[name] for name in emulator})}
         after = _measure(pair, public) if steps else before
@@ -154,6 +157,11 @@ def split_tensors(plan: SplitPlan, tensors: Tensors) -> Mapping[str, Tensors]:
     }
 
 
+def _for_the_server(error: NotFinite) -> str:
+    """What happened, without the advice for clients' settings."""
+    return str(error).partition(" Lower local.lr")[0] + " Lower alignment.lr, or set alignment.clip_norm."
+
+
 def _joined(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {name: value for part, tensors in parts.items() for name, value in prefixed(part, tensors).items()}
 
@@ -163,7 +171,8 @@ def _measure(pair: Pair, public: PublicData) -> Mapping[str, Fidelity]:
 
 
 def _told(before: Mapping[str, Fidelity], after: Mapping[str, Fidelity], kl_weight: float) -> dict[str, Any]:
-    """Fidelity in nats a token by data set, and the loss on the public rows, before and after."""
+    """Fidelity in nats a token by data set, and the loss on the public rows, before and after; its layer-wise term is
+    left out."""
     kl = {name: {"before": before[name].kl.value, "after": after[name].kl.value} for name in before}
     told: dict[str, Any] = {"fidelity": kl}
     if "public" in before:

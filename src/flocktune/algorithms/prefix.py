@@ -8,10 +8,10 @@ R rows of a batch, T tokens, D width.
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class PrefixCache:
     """Hidden states [length, D] of rows, kept until ``max_bytes`` are used; further rows are computed each time.
 
     ``where``: in memory (that of the model's device), or on disk, in a file without a name. ``dtype``: None keeps the
-    model's own. All states pass through it, kept or not, so that a result does not depend on how many fit.
+    model's own. All states pass through it, kept or not: how many fit changes a result only by the rounding of matrix
+    products, whose order of sums depends on which rows are computed together.
     """
 
     def __init__(
@@ -38,9 +39,12 @@ class PrefixCache:
     ) -> None:
         self.model, self.stack, self.layer = model, stack, layer
         self.dtype = torch.bfloat16 if settings.cache_dtype == "bfloat16" else None
+        keep = keep and layer > 0  # below the first layer there is only the embedding
         self.left = settings.cache_mb * 2**20 if keep and settings.cache != "none" else 0
-        self.kept: dict[int, Tensor] = {}
-        self.disk = _Disk(self.left) if self.left and settings.cache == "disk" else None
+        self.kept: dict[int, Callable[[], Tensor]] = {}
+        # Without a name: it is gone when nobody holds it.
+        on_disk = self.left and settings.cache == "disk"
+        self.file = tempfile.TemporaryFile(prefix="flocktune-") if on_disk else None  # noqa: SIM115
         self.computed_rows = 0
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -56,7 +60,7 @@ class PrefixCache:
         missing = [place for place, index in enumerate(batch.index) if int(index) not in self.kept]
         fresh = dict(zip(missing, self._compute([rows[place] for place in missing]), strict=True))
         found = [
-            fresh[place] if place in fresh else self.kept[int(index)].to(ids.device)
+            fresh[place] if place in fresh else self.kept[int(index)]().to(ids.device)
             for place, index in enumerate(batch.index)
         ]
         for place, states in fresh.items():
@@ -78,24 +82,26 @@ class PrefixCache:
         size = states.numel() * states.element_size()
         if size <= self.left:
             self.left -= size
-            # A copy: a view would hold the whole padded batch.
-            self.kept[index] = self.disk.put(states) if self.disk else states.clone()
+            self.kept[index] = _on_disk(self.file, states) if self.file else _in_memory(states)
 
 
-class _Disk:
-    """Tensors one after another in a file that takes only what is written, and is gone when nobody holds it."""
+def _in_memory(states: Tensor) -> Callable[[], Tensor]:
+    copy = states.clone()  # a view would hold the whole padded batch
+    return lambda: copy
 
-    def __init__(self, max_bytes: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="flocktune-") as folder:
-            self.bytes = torch.from_file(str(Path(folder) / "states"), shared=True, size=max_bytes, dtype=torch.uint8)
-        self.used = 0
 
-    def put(self, states: Tensor) -> Tensor:
-        flat = states.contiguous().cpu().reshape(-1).view(torch.uint8)
-        place = self.bytes[self.used : self.used + len(flat)]
-        place.copy_(flat)
-        self.used += len(flat)
-        return place.view(states.dtype).view(states.shape)
+def _on_disk(file: BinaryIO, states: Tensor) -> Callable[[], Tensor]:
+    """Append ``states`` to ``file``. Raises OSError, as on a full disk."""
+    flat = states.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    offset = file.seek(0, os.SEEK_END)
+    file.write(flat.data)
+    file.flush()
+
+    def read() -> Tensor:
+        blob = bytearray(os.pread(file.fileno(), len(flat), offset))
+        return torch.frombuffer(blob, dtype=states.dtype).view(states.shape)
+
+    return read
 
 
 def _rows(batch: Batch) -> Iterator[Tensor]:

@@ -200,6 +200,9 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     if (local.steps is None) == (local.epochs is None):
         got = "neither" if local.steps is None else f"steps {local.steps} and epochs {local.epochs}"
         yield Problem("local", "exactly one of steps and epochs", got)
+    if config.method == "fedbiot" and config.model.trust_remote_code:
+        fix = "An emulator must load with transformers alone."
+        yield Problem("model.trust_remote_code", "false with method fedbiot", "true", fix)
     selection = config.scheduling.selection
     if config.method == "local" and not (isinstance(selection, schema.Named) and len(selection.clients) == 1):
         yield Problem(

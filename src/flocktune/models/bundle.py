@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def write_bundle(
     full_parameters = _parameters(model)
     drop_layers(model, plan)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove_dead(folder.parent, f"{folder.name}.*")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with quietly():
@@ -141,7 +143,7 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
 
     A damaged one in the cache is fetched again. Raises UserError when what was fetched is damaged or another.
     """
-    folder = cache / "emulators" / digest
+    folder = bundle_folder(cache, digest)
     if folder.exists():
         try:
             return read_bundle(folder, digest=digest)
@@ -149,6 +151,7 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
             _LOG.warning("the emulator in the cache is damaged and is fetched again: %s", error)
             shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(folder.parent)
     unfinished = folder.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         fetch(unfinished)
@@ -165,15 +168,31 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
 
 
 def copy_bundle(source: Path, to: Path) -> None:
-    """Another place for the same files: hard links where the disk allows it, so that nothing is stored twice."""
+    """The same files once more, independent of each other: a hard link would carry damage from one to the other."""
+    shutil.copytree(source, to)
 
-    def place(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copyfile(old, new)
 
-    shutil.copytree(source, to, copy_function=place)
+def bundle_folder(cache: Path, digest: str) -> Path:
+    """Where a cache keeps the bundle of ``digest``."""
+    return cache / "emulators" / digest
+
+
+def remove_dead(folder: Path, name: str = "*") -> None:
+    """Remove the half-made ``name`` that processes which no longer are have left in ``folder``: whole models, maybe."""
+    for stray in folder.glob(f".{name}.tmp"):
+        process = re.search(r"\.(\d+)\.tmp$", stray.name)
+        if process and stray.is_dir() and not _is_alive(int(process[1])):
+            shutil.rmtree(stray, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _damage(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[Problem]:

@@ -127,7 +127,7 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
     """
     quantized: dict[str, Any] = {}
     if config.quantization != "none":
-        quantized = {"quantization_config": _quantization(config, device), "device_map": {"": device}}
+        quantized = {"quantization_config": quantization_settings(config, device), "device_map": {"": device}}
     with _loading(config, "a causal language model's weights") as (source, options):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -261,7 +261,7 @@ def _loading(config: ModelConfig, what: str) -> Iterator[tuple[str, dict[str, An
         raise UserError(Problem("model.path", f"{what} in {str(source)!r}", reason, fix)) from error
 
 
-def _quantization(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
+def quantization_settings(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
     problems = []
     if device.type != "cuda":
         problems.append(

@@ -129,7 +129,7 @@ def evenly(layers: int, count: int) -> list[int]:
 
 
 def most_important(importance: Iterable[float], count: int) -> list[int]:
-    """The indices of the ``count`` largest values, ascending; of equals the later ones go first."""
+    """The indices of the ``count`` largest values, ascending; of equals the earlier are kept."""
     values = list(importance)
     return sorted(sorted(range(len(values)), key=lambda index: -values[index])[:count])
 

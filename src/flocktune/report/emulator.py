@@ -17,7 +17,7 @@ from flocktune.report.charts import Line, line_chart
 from flocktune.report.runs import Run
 from flocktune.report.summaries import SHARES, Summary, Value, emulator_dataset, metric, number, plug_in_gap
 from flocktune.report.svg import drawing, tag, text
-from flocktune.report.tables import format_bytes, format_metric
+from flocktune.report.tables import format_bytes, format_metric, format_seconds
 
 _WIDE, _NARROW, _LEFT = 1040.0, 540.0, 84.0
 """As the grids and the charts of a page, so that letters have one size in all pictures."""
@@ -113,11 +113,16 @@ def client_cost(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> 
     told = []
     for key, summary in summaries.items():
         cost = summary.get("client_cost")
-        flops, activations = (number(cost.get(name)) if isinstance(cost, Mapping) else None
-                              for name in ("flops_per_step", "activation_bytes"))  # fmt: skip
+        names = ("flops_per_step", "flops_per_token_cached", "tokens_per_step", "activation_bytes")
+        flops, cached, tokens, activations = (
+            number(cost.get(name)) if isinstance(cost, Mapping) else None for name in names
+        )
+        seconds = number(summary.get("client_seconds_per_step"))
         parts = [_flops(flops)] if flops else []
+        parts += [f"{_flops(cached * tokens)} in later epochs of a round"] if cached and tokens else []
         parts += [f"{format_bytes(activations)} of activations"] if activations else []
-        told += [f"{labels[key]} {' and '.join(parts)}"] if parts else []
+        parts += [format_seconds(seconds)] if seconds else []
+        told += [f"{labels[key]} {', '.join(parts)}"] if parts else []
     return f"One local step costs a client: {'; '.join(told)}." if told else ""
 
 

@@ -102,7 +102,9 @@ def tiles(experiment: Experiment) -> list[tuple[str, str, str]]:
     seconds = number(summary.get("seconds"))
     if seconds:
         peak = number(summary.get("peak_memory_bytes"))
-        found.append((format_seconds(seconds), "time", f"peak memory {format_bytes(peak)}" if peak else ""))
+        found.append(
+            (format_seconds(seconds), "time", f"peak memory of the process {format_bytes(peak)}" if peak else "")
+        )
     return found
 
 

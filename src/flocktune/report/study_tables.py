@@ -31,8 +31,8 @@ from flocktune.report.summaries import (
 from flocktune.report.tables import NOTHING, format_bytes, format_gap, format_metric, format_seconds
 
 _WIDTH = 80
-_COSTS = ("bytes_up", "bytes_down", "bytes_emulator", "trainable_parameters", "training_seconds", "seconds", "asked",
-          "answered")  # fmt: skip
+_COSTS = ("bytes_up", "bytes_down", "bytes_emulator", "trainable_parameters", "training_seconds", "seconds",
+          "client_seconds_per_step", "asked", "answered")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ def _costs(found: Sequence[Row]) -> Iterator[Column]:
         ("Training", "Training", lambda row: format_seconds(trained(row, "training_seconds"))),
         ("Trained parameters", "Trained", lambda row: format_count(trained(row, "trainable_parameters"))),
         ("FLOPs a step", "FLOPs/step", lambda row: format_count(client(row, "flops_per_step"))),
+        ("Seconds a step", "s/step", lambda row: format_seconds(trained(row, "client_seconds_per_step"))),
         ("Activations", "Activations", lambda row: format_bytes(client(row, "activation_bytes"))),
     ]
     for heading, short, cell in columns:
