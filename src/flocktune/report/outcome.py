@@ -146,7 +146,7 @@ def _setting(experiment: Experiment, key: str) -> str:
         return f"{label}."
     rows = sum(number(client.get("rows")) or 0 for client in clients.values())
     done, planned = len(runs[0].rounds), start.get("rounds", 0)
-    rounds = f"{done} rounds" if done >= planned else f"{done} of {planned} rounds so far"
+    rounds = f"{done} round{'' if done == 1 else 's'}" if done >= planned else f"{done} of {planned} rounds so far"
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
     return f"{label}: {rounds} with {len(clients)} clients, which hold {rows:,.0f} rows{seeds}."
 

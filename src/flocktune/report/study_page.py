@@ -134,7 +134,7 @@ def _bars(found: Sequence[Row], styles: Mapping[str, str], dataset: str, name: s
         style = styles[row.label]
         bars.append(Bar(row.label, plain.mean if plain else None, style, plain.std if plain else None))
         if emulated:
-            bars.append(Bar(f"{row.label}, AdapEmu", emulated.mean, style, emulated.std))
+            bars.append(Bar("· AdapEmu", emulated.mean, style, emulated.std))
     return bars
 
 
