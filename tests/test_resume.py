@@ -22,7 +22,7 @@ from flocktune.files import sha256_file
 from forked_runs import ForkedRuns
 
 VARIANTS = {
-    "adam": ("aggregation.server_optimizer={kind: adam, lr: 0.05}",),
+    "adam": ("aggregation.server_optimizer={kind: adam, lr: 0.05}", "checkpoint.keep_adapters_every=2"),
     "momentum": ("aggregation.server_optimizer={kind: sgd, momentum: 0.9}", "checkpoint.keep_adapters_every=2"),
     "fedbiot": (
         "method=fedbiot",
@@ -116,13 +116,16 @@ def test_killed_before_every_single_write_a_run_goes_on_to_the_same_bits(
 def test_a_kill_between_alignment_and_broadcast_loses_no_alignment(
     forked: ForkedRuns, world: World, unbroken: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    child = forked.start("run", world.recipe, *VARIANTS["fedbiot"], "--out", folder)
-    child.until(lambda: (folder / "state" / "round-00000.json").exists())
-    child.kill()
-    child.wait()
+    for attempt in range(10):  # on a busy machine the kill may come too late to say anything
+        folder = tmp_path / str(attempt)
+        child = forked.start("run", world.recipe, *VARIANTS["fedbiot"], "--out", folder)
+        child.until((folder / "state" / "round-00000.json").exists)
+        child.kill()
+        child.wait()
+        if not events(folder, "round"):
+            break
     [before] = events(folder, "alignment")
-    assert not events(folder, "round"), "killed too late for this test to say anything"
+    assert not events(folder, "round")
     assert go_on(forked, world, folder, VARIANTS["fedbiot"]).wait().code == 0
     after = events(folder, "alignment")
     assert after[0] == before, "it was not made again: its time is the same"
