@@ -142,6 +142,18 @@ def test_bos_is_written_once_and_only_if_there_is_one() -> None:
     assert rows.rows(0)[1][1:].all()
 
 
+def test_a_row_that_says_the_end_of_text_does_not_end_there() -> None:
+    end = TOKENIZER.eos_token
+    example = Example(f"Say {end} now", "", f"first{end}second")
+    for template in ("alpaca", "short"):
+        encoded, _ = encode([example], TOKENIZER, template=template, max_tokens=1000, train_on="responses")
+        assert list(encoded.tokens).count(TOKENIZER.eos_token_id) == 1
+        assert encoded.tokens[-1] == TOKENIZER.eos_token_id
+    own = CustomTemplate(with_context="{instruction}{context}", without_context=f"{end}{{instruction}}")
+    encoded, _ = encode([Example("Say", "", "yes")], TOKENIZER, template=own, max_tokens=1000, train_on="responses")
+    assert list(encoded.tokens).count(TOKENIZER.eos_token_id) == 2, "a template of one's own may mean it"
+
+
 def test_a_tokenizer_without_an_end_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     assert encoded_text(Example("a", response="b"), tokenizer=make_tokenizer(eos=False))[1] == " b"
     assert "no end-of-text token" in caplog.text

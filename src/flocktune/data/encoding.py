@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 TrainOn = Literal["responses", "everything"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every cache file's name; raise it when the same inputs would give other tokens."""
 
 

@@ -38,15 +38,21 @@ def encode_rows(examples: Sequence[Example], tokenizer: Tokenizer, template: Tem
     waiting = iter(examples)
     while chunk := list(islice(waiting, CHUNK_ROWS)):
         rows = [segments(example, template, tokenizer) for example in chunk]
-        ids = iter(_tokenize([segment.text for row in rows for segment in row], tokenizer))
+        ids = iter(_tokenize([segment.text for row in rows for segment in row], tokenizer, template))
         for example, row in zip(chunk, rows, strict=True):
             yield _assemble(row, list(islice(ids, len(row))), bool(example.response.strip()), tokenizer)
 
 
-def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+def _tokenize(texts: list[str], tokenizer: Tokenizer, template: Template) -> list[list[int]]:
+    """Tokens of each text. A row that happens to say ``</s>`` says four letters, not the end of a text.
+
+    A chat template, or one of the user's own, writes special tokens on purpose: there they are read as such.
+    """
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    as_letters = isinstance(template, str) and template != "chat"
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, split_special_tokens=as_letters, **options)["input_ids"]
 
 
 def _assemble(row: Sequence[Segment], ids: Sequence[list[int]], answered: bool, tokenizer: Tokenizer) -> Row:
@@ -65,7 +71,7 @@ def _assemble(row: Sequence[Segment], ids: Sequence[list[int]], answered: bool, 
 def encode_prompt_row(example: Example, tokenizer: Tokenizer, template: Template) -> Row:
     """All that comes before the last answer, at full length."""
     row = prompt_segments(example, template, tokenizer)
-    return _assemble(row, _tokenize([segment.text for segment in row], tokenizer), False, tokenizer)
+    return _assemble(row, _tokenize([segment.text for segment in row], tokenizer, template), False, tokenizer)
 
 
 def shorten(row: Row, example: Example, tokenizer: Tokenizer, template: Template, max_tokens: int) -> Row:
