@@ -381,7 +381,9 @@ def test_a_folder_that_can_not_be_written_is_named(cli: Cli, world: World, finis
 def test_nothing_that_is_there_is_overwritten(cli: Cli, world: World, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("rounds: 7\n")
     refused(cli("init", tmp_path / "mine.yaml"), "mine.yaml: expected a path that is free, got a file")
-    refused(cli("init", tmp_path / "new.yaml", "--method", "magic"), "--method: expected one of fedit", "'magic'")
+    refused(
+        cli("init", tmp_path / "new.yaml", "--method", "magic"), "--method: expected one of fedbiot, fedit", "'magic'"
+    )
     refused(
         cli("export", finished, "--to", tmp_path), "expected a new or empty folder, got one with files in it", "--to"
     )

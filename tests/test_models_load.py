@@ -149,7 +149,7 @@ def test_quantisation_names_all_that_is_missing(folder: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("name", "bits"), [("8bit", "load_in_8bit"), ("4bit", "load_in_4bit")])
 def test_quantisation_settings_where_it_is_possible(name: str, bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: object())
-    settings = load._quantization(config("x", quantization=name, dtype="bfloat16"), torch.device("cuda"))
+    settings = load.quantization_settings(config("x", quantization=name, dtype="bfloat16"), torch.device("cuda"))
     assert getattr(settings, bits)
     if name == "4bit":
         assert settings.bnb_4bit_compute_dtype == torch.bfloat16
