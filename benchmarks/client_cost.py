@@ -12,9 +12,7 @@ Memory: a process for each client that loads what it needs and trains one task (
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,7 +37,7 @@ from benchmarks.both_clients import (
     make,
 )
 from benchmarks.overhead import largest_difference
-from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
+from benchmarks.paired import Options, Result, Spread, in_fresh_process, interleaved, ratio, say
 from flocktune.algorithms import fedbiot
 from flocktune.algorithms.local import training_only
 from flocktune.algorithms.prefix import PrefixCache
@@ -250,15 +248,7 @@ def peak_of(shape: Shape, folder: Path, name: str, threads: int) -> int:
     Two batches are enough: more of them would add hidden states to FedBiOT's cache, and nothing else.
     """
     short = asdict(replace(shape, steps=2, epochs=2))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.client_cost", json.dumps(short), str(folder), name, str(threads)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    peak = int(done.stdout)
+    peak = in_fresh_process("client_cost", json.dumps(short), str(folder), name, str(threads))
     say(f"  {name}: {peak / MEGABYTE:.0f} MB")
     return peak
 

@@ -9,6 +9,7 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +142,19 @@ def cpu_model() -> str:
 def say(text: str) -> None:
     """Progress, beside the table: on the error stream."""
     print(text, file=sys.stderr, flush=True)
+
+
+def in_fresh_process(benchmark: str, *arguments: str) -> int:
+    """The number that ``python -m benchmarks.BENCHMARK ARGUMENTS`` prints, in a process that holds nothing yet."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return int(done.stdout)
 
 
 def _row(cells: Sequence[str]) -> str:

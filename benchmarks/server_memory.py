@@ -8,8 +8,6 @@ Time: the loop's own work, turn by turn against reading the same bytes once; mak
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
+from benchmarks.paired import Options, Result, Spread, in_fresh_process, interleaved, ratio, say
 from flocktune.algorithms.fedavg import diagnose, server_half
 from flocktune.config.schema import AggregationConfig
 from flocktune.engine.rounds import Hooks, run_rounds
@@ -141,15 +139,7 @@ def start(case: Case) -> dict[str, Tensor]:
 
 def peak_of(case: Case, threads: int) -> int:
     """Bytes that a fresh process needs for this round, above what it held before."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.server_memory", json.dumps(asdict(case)), str(threads)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    peak = int(done.stdout)
+    peak = in_fresh_process("server_memory", json.dumps(asdict(case)), str(threads))
     say(f"  {case.clients} clients, diagnostics over {case.kept}: {peak / MEGABYTE:.0f} MB")
     return peak
 

@@ -135,7 +135,8 @@ def federation(config: RunConfig, own_bundle: Path | None = None) -> Federation:
     if config.method == "centralised":
         local = replace(local, steps=centralised_steps(config, data.clients), epochs=None)
         data = replace(data, clients={EVERYONE: np.sort(np.concatenate(list(data.clients.values())))})
-    _refuse_misfits(config, data, base)
+    refuse_leaks(config, base)
+    check_context(config, data, base.model)
     rounds = 0 if config.method == "base" else config.rounds
     clients = client_data(config, base.pad_id, data)
     identity = identity_of(config, data)
@@ -159,7 +160,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Fe
     check_context(config, data, load_skeleton(config.model))  # before rows are run through it to choose its layers
     emulated = load_emulator(config, bundle_of(config, own_bundle))
     base, pair = pair_of(config, emulated)
-    _refuse_misfits(config, data, emulated.base)
+    refuse_leaks(config, emulated.base)
     public = public_data(config, base, data.test)
     digest = emulated.bundle.digest
     return Federation(
@@ -200,12 +201,6 @@ def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
         "test": data.test.digest,
         "model": base_digest(config.model),
     }
-
-
-def _refuse_misfits(config: RunConfig, data: ClientRows, base: Base) -> None:
-    if config.data.batching == "packed":
-        refuse_leaks(base)
-    check_context(config, data, base.model)
 
 
 def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> Callable[[int], Cohort]:
@@ -249,8 +244,10 @@ def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | N
     return max(1, round(float(mean) * cohort))
 
 
-def refuse_leaks(base: Base) -> None:
-    """Raise UserError when packed rows of this model see each other: it would learn from the wrong text."""
+def refuse_leaks(config: RunConfig, base: Base) -> None:
+    """Raise UserError when rows are packed and see each other in this model: it would learn from the wrong text."""
+    if config.data.batching != "packed":
+        return
 
     @torch.no_grad()
     def logits(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

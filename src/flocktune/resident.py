@@ -106,5 +106,5 @@ def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Inst
     return Instructions(examples, encoded, report, rows_digest(examples))
 
 
-base_digest = lru_cache(maxsize=2)(model_digest)
+base_digest = lru_cache(maxsize=4)(model_digest)
 """Once in a process, as the base itself: it may be gigabytes."""

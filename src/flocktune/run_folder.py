@@ -125,6 +125,8 @@ def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
 
 def show_bundle(bundle: Bundle, folder: Path) -> None:
     """What clients get lies in the run's folder, so that it can be handed out, tried, and found after years."""
+    if bundle.folder == folder:  # it was read from there
+        return
     if folder.exists():
         try:
             read_bundle(folder, digest=bundle.digest)

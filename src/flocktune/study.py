@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from flocktune.emulation import emulator_settings, public_rows
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.models.bundle import read_bundle
-from flocktune.models.load import model_digest
 from flocktune.report.events import LOG_NAME, read_events_leniently
 from flocktune.report.study_page import write_study
 from flocktune.report.study_rows import Outcome, StudyResult
 from flocktune.report.trackers import Trackers, refuse_missing
+from flocktune.resident import base_digest
 from flocktune.run_folder import IDENTITY, create_run, is_finished
 from flocktune.runs import Listener, Stopped, execute
 
@@ -163,7 +162,7 @@ def _check_inputs(configs: Sequence[RunConfig], folder: Path) -> None:
 def _inputs(config: RunConfig) -> Mapping[str, str]:
     data = allocate_clients(config)
     scheduler(config, data.clients)  # raises for a client that is not there
-    inputs = {"data": data.train.digest, "test": data.test.digest, "model": _model_digest(config.model)}
+    inputs = {"data": data.train.digest, "test": data.test.digest, "model": base_digest(config.model)}
     if config.method == "fedbiot":
         inputs["public"] = public_rows(config).digest
         if (path := emulator_settings(config).path) is not None:
@@ -178,9 +177,6 @@ def _named_inputs(config: RunConfig) -> str:
     if config.method == "fedbiot":
         named += [tree["alignment"][key] for key in ("public", "columns", "max_rows")] + [tree["emulator"]["path"]]
     return json.dumps(named, sort_keys=True)
-
-
-_model_digest = lru_cache(maxsize=4)(model_digest)  # it may be gigabytes
 
 
 def _result(study: Study, folder: Path, runs: Mapping[str, Sequence[Cell]], failed: Mapping[str, str]) -> StudyResult:

@@ -88,8 +88,7 @@ def server_half(
                     fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=dropout, loss=loss)
                 except NotFinite as error:
                     raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
-            now = pair.emulator.tensors()
-            state = {**state, **prefixed(EMULATOR, {name: now[name] for name in emulator})}
+            state = {**state, **prefixed(EMULATOR, pair.emulator.tensors(emulator))}
         after = _measure(pair, public) if steps else before
         told = {
             "steps": steps,

@@ -75,9 +75,7 @@ def train_locally(
         )
     weight = {"examples": data.examples, "tokens": data.tokens, "equal": 1}[weights]
     metrics["data_seconds"] = Mean(batches.seconds, 1)
-    trained = adapter.tensors()
-    change = subtract({name: trained[name] for name in received}, received)
-    return Update(change, float(weight), 1, metrics)
+    return Update(subtract(adapter.tensors(received), received), float(weight), 1, metrics)
 
 
 @contextmanager

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """Hidden states [length, D] of rows, kept until ``max_bytes`` are used; further rows are computed each time.
+    """Hidden states [length, D] of rows, kept up to ``settings.cache_mb``; further ones are computed each time.
 
-    ``where``: in memory (that of the model's device), or on disk, in a file without a name. ``dtype``: None keeps the
-    model's own. All states pass through it, kept or not: how many fit changes a result only by the rounding of matrix
-    products, whose order of sums depends on which rows are computed together.
+    They are kept in memory (that of the model's device), or on disk, in a file without a name. All states pass through
+    ``settings.cache_dtype``, kept or not: how many fit changes a result only by the rounding of matrix products, whose
+    order of sums depends on which rows are computed together. ``keep``: whether any row will come again.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
     unfinished = folder.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         fetch(unfinished)
-        read_bundle(unfinished, digest=digest)
+        bundle = read_bundle(unfinished, digest=digest)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -164,7 +164,7 @@ def receive_bundle(digest: str, fetch: Callable[[Path], object], cache: Path) ->
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return read_bundle(folder, digest=digest)
+    return replace(bundle, folder=folder)
 
 
 def copy_bundle(source: Path, to: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,11 +85,11 @@ class Adapter:
     layers: Mapping[str, LoraLinear]
     parameters: dict[str, nn.Parameter]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """A copy of all factors: canonical name -> float32 on the CPU, contiguous."""
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """A copy of all factors, or of ``names``: canonical name -> float32 on the CPU, contiguous."""
         return {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in self.parameters.items()
+            name: self.parameters[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name in (self.parameters if names is None else names)
         }
 
     @torch.no_grad()
