@@ -18,7 +18,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=23"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,trackers]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,trackers,flower,ray]"
 	touch $@
 
 demo: setup

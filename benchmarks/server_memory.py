@@ -21,6 +21,7 @@ from benchmarks.paired import Options, Result, Spread, in_fresh_process, interle
 from flocktune.algorithms.fedavg import diagnose, server_half
 from flocktune.config.schema import AggregationConfig
 from flocktune.engine.rounds import Hooks, run_rounds
+from flocktune.interfaces import Memory
 from flocktune.models.lora import A_SUFFIX, B_SUFFIX
 from flocktune.scheduling import Cohort
 from flocktune.tensors import size_bytes
@@ -50,8 +51,9 @@ class Made:
 
     message: Tensors
     seconds: float = field(default=0.0)
+    memories: dict[str, Memory] = field(default_factory=dict)
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update]:
+    def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update]:
         """One update for each task, its bytes new every time."""
         for task in tasks:
             started = time.perf_counter()

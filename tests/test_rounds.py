@@ -95,9 +95,12 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path, optimizer, cut: int) -> 
 class OverTheWire:
     """An engine in which every task and every update is turned into bytes and back."""
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update | Failure]:
+    def __init__(self) -> None:
+        self.memories: dict[str, Memory] = {}
+
+    def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
         received = (decode_task(encode_task(task)) for task in tasks)
-        for reply in InProcess(pull).run(received):
+        for reply in InProcess(pull).run(received, wanted):
             assert isinstance(reply, Update)
             yield decode_update(encode_update(reply))
 

@@ -62,6 +62,17 @@ class Transform:
 
 
 class Engine(Protocol):
-    """Runs tasks somewhere. One reply for each task, in task order; tasks are taken lazily."""
+    """Runs tasks somewhere.
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update | Failure]: ...
+    ``memories``: every client's private state, as far as this side keeps it (in a deployment, clients do).
+    """
+
+    memories: dict[str, Memory]
+
+    def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
+        """One reply for each task, in task order; tasks are taken lazily.
+
+        ``wanted``: how many updates the round will use. When so many clients have answered, an engine whose clients work
+        at the same time may give up those that have not.
+        """
+        ...

@@ -18,7 +18,7 @@ from flocktune.config import schema
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 
-NOT_PART_OF_THE_RESULT = ("name", "runtime", "checkpoint", "trackers", "compare")
+NOT_PART_OF_THE_RESULT = ("name", "engine", "runtime", "checkpoint", "trackers", "compare")
 """Top-level keys that may change between a run and its resumption."""
 
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -71,6 +71,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> RunConfig:
     """Check a tree of plain values and make a :class:`RunConfig` of it. Raises UserError with every problem."""
+    if isinstance(tree.get("engine"), str):  # "engine: ray" is short for its kind with every default
+        tree = {**tree, "engine": {"kind": tree["engine"]}}
     try:
         text = json.dumps(tree)
     except (TypeError, ValueError) as error:

@@ -11,12 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
+from flocktune.config.engines import Engine, InProcessEngine
+from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
 
 EMBEDDED = "embedded"
 """Names the model and the data that come with the package."""
@@ -416,6 +412,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: Engine = field(default_factory=InProcessEngine)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 

@@ -18,7 +18,7 @@ class InProcess:
     transforms: Sequence[Transform] = ()
     memories: dict[str, Memory] = field(default_factory=dict)
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[Update | Failure]:
+    def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
         """One reply for each task, in task order."""
         for task in tasks:
             reply, memory = answer(task, self.half, self.memories.get(task.client, {}), self.transforms)

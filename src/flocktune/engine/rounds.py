@@ -95,13 +95,13 @@ def run_rounds(
             hooks.on_prepared(number, told, state)
         message = server.message(state, number)
         expected = server.returned(message)
+        intake = _Intake(cohort, expected, transforms, hooks)
         tasks = (
             ClientTask(number, client, kind, message, derive_seed(seed, number, client), config_digest, model_digest)
-            for client in cohort.asked
+            for client in intake.given_out()
         )
-        intake = _Intake(cohort, expected, transforms, hooks)
         started = time.perf_counter()
-        updates = intake.usable(zip(cohort.asked, engine.run(tasks), strict=False))
+        updates = intake.usable(zip(cohort.asked, engine.run(tasks, cohort.wanted), strict=False))
         first = next(updates, None)
         combined = first and (server.combine or weighted_mean)(chain([first], updates))
         if combined is None or len(intake.clients) < cohort.quorum:
@@ -137,8 +137,14 @@ class _Intake:
         self.clients: dict[str, ClientRecord] = {}
         self.failures: list[Failure] = []
         self.kept: list[Update] = []
-        self.asked = self.bytes_up = 0
+        self.asked = self.answered = self.bytes_up = 0
         self.waiting_s = 0.0
+
+    def given_out(self) -> Iterator[str]:
+        """The cohort's clients, as the engine takes their tasks; counts them."""
+        for client in self.cohort.asked:
+            self.asked += 1
+            yield client
 
     def usable(self, replies: Iterator[tuple[str, Update | Failure]]) -> Iterator[Update]:
         """The updates that may touch the state, at most as many as the cohort wants."""
@@ -149,8 +155,8 @@ class _Intake:
             if pair is None:
                 return
             client, reply = pair
-            self.asked += 1
-            self.hooks.on_reply(self.asked, len(self.cohort.asked), client)
+            self.answered += 1
+            self.hooks.on_reply(self.answered, len(self.cohort.asked), client)
             if isinstance(reply, Update):
                 self.bytes_up += encoded_size(reply.delta)
                 reply = self._checked(client, reply)
