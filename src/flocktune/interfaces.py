@@ -72,7 +72,7 @@ class Engine(Protocol):
     def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
         """One reply for each task, in task order; tasks are taken lazily.
 
-        ``wanted``: how many updates the round will use. When so many clients have answered, an engine whose clients work
-        at the same time may give up those that have not.
+        ``wanted``: how many updates the round will use. When so many clients have answered, an engine whose clients
+        work at the same time may give up those that have not.
         """
         ...

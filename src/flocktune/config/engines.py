@@ -21,9 +21,9 @@ class InProcessEngine:
 class RayEngine:
     """Clients on the workers of a Ray cluster, each of which keeps the base model.
 
-    ``address``: of a running cluster (``auto``, or ``host:port``); None starts one on this machine. ``workers``: how many,
-    None is as many as fit. ``gpus_per_worker`` may be a fraction. ``retries``: how often a task whose worker died is
-    given to another.
+    ``address``: of a running cluster (``auto``, or ``host:port``); None starts one on this machine. ``workers``: how
+    many, None is as many as fit. ``gpus_per_worker`` may be a fraction. ``retries``: how often a task whose worker died
+    is given to another.
     """
 
     workers: Positive | None = None
@@ -39,8 +39,8 @@ class FlowerEngine:
     """Clients are data owners who joined a federation (``flocktune federation run``).
 
     ``deadline_s``: seconds that a round may take; who has not answered by then is left out of it. ``absent_s``: seconds
-    a round waits for a client that is not connected. ``emulator_mb``: the largest emulator, in megabytes, that is sent to
-    a client that lacks it; a larger one is handed out otherwise, and 0 sends none.
+    a round waits for a client that is not connected. ``emulator_mb``: the largest emulator, in megabytes, that is sent
+    to a client that lacks it; a larger one is handed out otherwise, and 0 sends none.
     """
 
     deadline_s: PositiveFloat = 3600.0
