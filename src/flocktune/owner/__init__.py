@@ -1,0 +1,1 @@
+"""The data owner's side of a real federation: joining, the worker that stays, what may leave, what has left."""
