@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from flocktune.algorithms import fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
 from flocktune.algorithms.local import ClientData, steps_per_round
-from flocktune.config.load import to_tree
+from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
+from flocktune.config.load import dump_recipe, parse_recipe, to_tree
 from flocktune.config.schema import Availability, LoraConfig, Named, RunConfig
 from flocktune.data.batching import packing_leak, training_batches
 from flocktune.data.heterogeneity import category_counts, heterogeneity
@@ -29,9 +31,12 @@ from flocktune.emulation import (
     public_data,
     public_rows,
 )
+from flocktune.engine.in_process import InProcess
+from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
-from flocktune.interfaces import ClientHalf, ServerHalf
+from flocktune.interfaces import ClientHalf, Engine, ServerHalf
+from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
@@ -54,7 +59,9 @@ class ClientRows:
     unassigned: int
 
     def describe(self) -> dict[str, Any]:
-        """What a run tells about its data: counts only, never a text."""
+        """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
+        if not self.train.examples:
+            return {"clients": {}, "owners": list(self.clients), "test": self._test_counts()}
         categories = self.train.categories
         counts = category_counts(self.clients, categories)
         lengths = self.train.encoded.lengths
@@ -68,11 +75,14 @@ class ClientRows:
                 for name, rows in self.clients.items()
             },
             "heterogeneity": asdict(heterogeneity(self.clients, categories)),
-            "test": {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))},
+            "test": self._test_counts(),
             "untrainable_rows": len(self.train.report.untrainable),
             "truncated_rows": self.train.report.truncated,
             "unassigned_rows": self.unassigned,
         }
+
+    def _test_counts(self) -> dict[str, int]:
+        return {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +130,15 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     return ClientRows(train, test, clients, len(partition.unassigned))
 
 
-def federation(config: RunConfig, own_bundle: Path | None = None) -> Federation:
+def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Federation:
     """Build everything a run needs from its recipe. Raises UserError.
 
-    ``own_bundle``: where FedBiOT's run keeps its emulator; it is used when it is there, and made otherwise.
+    ``own_bundle``: where FedBiOT's run keeps its emulator; it is used when it is there, and made otherwise. ``data``:
+    in place of what the recipe allocates.
     The baselines are settings: ``base`` runs no round, ``local`` always selects one client, ``centralised`` has one
     client with all rows that takes as many steps a round as a whole cohort.
     """
-    data = allocate_clients(config)
+    data = data or allocate_clients(config)
     if config.method == "fedbiot":
         return _fedbiot(config, data, own_bundle)
     base = load_base(config.model, config.lora, config.runtime.device)
@@ -193,6 +204,38 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> 
     )
 
 
+@contextmanager
+def engine_of(config: RunConfig, fed: Federation, folder: Path) -> Iterator[Engine]:
+    """Where the tasks of the run in ``folder`` are done, as long as the block lasts. Raises UserError."""
+    match config.engine:
+        case InProcessEngine():
+            yield InProcess(fed.client)
+        case RayEngine():
+            own_bundle = str(folder.resolve() / "emulator") if fed.emulated else None
+            source = HalfSource("flocktune.assemble:client_half_of", (dump_recipe(config), own_bundle))
+            with on_ray(config.engine, source, config.runtime.threads) as engine:
+                yield engine
+        case FlowerEngine():
+            fix = "Start the run with: flocktune federation run DIR RECIPE"
+            raise UserError(Problem("engine", "in_process or ray, for a run on this machine", "flower", fix))
+        case unreachable:
+            assert_never(unreachable)
+
+
+def client_half_of(recipe_text: str, own_bundle: str | None = None) -> ClientHalf:
+    """The client half alone, in another process than its run's. Raises UserError.
+
+    ``own_bundle``: the folder of FedBiOT's emulator; where it is, the full model is not opened and need not exist.
+    """
+    config = parse_recipe(recipe_text)
+    folder = Path(own_bundle) if own_bundle else None
+    if folder is None or not folder.exists():
+        return federation(config, folder).client
+    emulated = load_emulator(config, read_bundle(folder))
+    rows = allocate_clients(replace(config, model=replace(config.model, path=str(folder))))
+    return emulator_client(config, emulated, rows)
+
+
 def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
     """What a checkpoint remembers: a resume with another recipe, other data or another base model is refused."""
     return {
@@ -220,8 +263,14 @@ def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[n
 
 def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
     """Raise UserError when a row, or an answer with its prompt, has more tokens than the model has positions."""
+    check_rows([data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])], model)
+    if config.evaluation.generate and data.test.examples:
+        prompt_room(model, config.evaluation.max_new_tokens)
+
+
+def check_rows(parts: Sequence[Instructions], model: Any) -> None:
+    """Raise UserError when a row has more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    parts = [data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])]
     longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in parts)
     if positions is not None and longest > positions:
         raise UserError(
@@ -232,8 +281,6 @@ def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
                 f"Set data.max_tokens to {positions} or less.",
             )
         )
-    if config.evaluation.generate and data.test.examples:
-        prompt_room(model, config.evaluation.max_new_tokens)
 
 
 def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> int:

@@ -61,6 +61,17 @@ class Transform:
     on_server: Callable[[Update], Update]
 
 
+@dataclass(frozen=True)
+class Issued:
+    """A task of buffered rounds as it is given out.
+
+    ``at``: the logical time, in units of the mean duration of a task. Only an engine that simulates durations needs it.
+    """
+
+    task: ClientTask
+    at: float
+
+
 class Engine(Protocol):
     """Runs tasks somewhere.
 
@@ -74,5 +85,14 @@ class Engine(Protocol):
 
         ``wanted``: how many updates the round will use. When so many clients have answered, an engine whose clients
         work at the same time may give up those that have not.
+        """
+        ...
+
+    def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
+        """Replies as they come, each with its task; clients work at the same time.
+
+        ``issue`` gives the next task, or None when enough clients are at work. It is asked until it gives None when the
+        next reply is wanted, and never in between: what is done with a reply comes before the task that follows it.
+        Ends when nobody is at work and there is no task.
         """
         ...

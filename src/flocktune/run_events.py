@@ -79,15 +79,19 @@ def summarise(
         "peak_memory_bytes": peak_memory_bytes(),
         "trainable_parameters": sum(value.numel() for value in adapter.values()),
         "adapter_sha256": digest(adapter),
-        **client_cost(
-            fed.config,
-            fed.emulated.base if fed.emulated else fed.base,
-            fed.data.train.encoded,
-            fed.data.clients,
-            fed.schedule(0).asked,
-            fed.emulated.bundle.plan if fed.emulated else None,
-        ),
+        **(_client_cost(fed) if fed.data.train.examples else {}),  # owners' rows are not here to be measured
     }
+
+
+def _client_cost(fed: Federation) -> dict[str, Any]:
+    return client_cost(
+        fed.config,
+        fed.emulated.base if fed.emulated else fed.base,
+        fed.data.train.encoded,
+        fed.data.clients,
+        fed.schedule(0).asked,
+        fed.emulated.bundle.plan if fed.emulated else None,
+    )
 
 
 def _seconds_per_step(rounds: Sequence[Mapping[str, Any]]) -> float | None:
@@ -127,6 +131,7 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         "clients": clients,
         "update_norm": record.update_norm,
         "aggregation_error": record.diagnostics.get("aggregation_error"),
+        **({"staleness": record.diagnostics["staleness"]} if "staleness" in record.diagnostics else {}),
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
         "tokens": record.metrics["tokens"].total,

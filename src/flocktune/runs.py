@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from flocktune.algorithms import fedavg, fedbiot
-from flocktune.assemble import Federation, federation
+from flocktune.assemble import Federation, engine_of, federation
 from flocktune.config.load import config_digest, load_recipe
+from flocktune.config.schema import FEDERATED
+from flocktune.engine.buffered import at_work, run_buffered
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.evaluation.evaluate import Evaluation, evaluate
+from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
-from flocktune.interfaces import State
+from flocktune.interfaces import Engine, State
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.resident import Base
 from flocktune.run_events import round_event, start_event, summarise
@@ -44,9 +48,23 @@ class Stopped(Exception):
     """The run ended early on request, after saving. It can be resumed."""
 
 
-def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Event | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Elsewhere:
+    """The clients of a real federation, and what makes the engine that reaches them, once the run is assembled."""
+
+    clients: Sequence[str]
+    engine: Callable[[Federation], Engine]
+
+
+def execute(
+    folder: Path,
+    listeners: Sequence[Listener] = (),
+    stop: threading.Event | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> dict[str, Any]:
     """Run, or go on with, the run in ``folder`` to its end, and return its summary.
 
+    ``elsewhere``: clients that are not in the recipe's data but in a federation.
     Raises UserError (also when recipe, data or base model are not those of the checkpoint), RoundFailed, and
     Stopped after ``stop`` was set: the round at hand is finished and saved first.
     """
@@ -58,15 +76,17 @@ def execute(folder: Path, listeners: Sequence[Listener] = (), stop: threading.Ev
         config = load_recipe(folder / "recipe.yaml")
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
-        fed = federation(config, folder / "emulator")
+        bundle = folder / "emulator"
+        fed = server_side(config, elsewhere.clients, bundle) if elsewhere else federation(config, bundle)
         checkpoint = load_checkpoint(folder / "state")
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.identity, fed.identity)
         if fed.emulated:
-            show_bundle(fed.emulated.bundle, folder / "emulator")
+            show_bundle(fed.emulated.bundle, bundle)
         log = _open_log(folder, checkpoint, fed.rounds)
-        run = _Run(fed, folder, log, listeners, InProcess(fed.client), {"load": time.perf_counter() - started})
-        return run.to_end(checkpoint, stop or threading.Event())
+        with nullcontext(elsewhere.engine(fed)) if elsewhere else engine_of(config, fed, folder) as engine:
+            run = _Run(fed, folder, log, listeners, engine, {"load": time.perf_counter() - started})
+            return run.to_end(checkpoint, stop or threading.Event())
 
 
 def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> EventLog:
@@ -93,7 +113,7 @@ class _Run:
     folder: Path
     log: EventLog
     listeners: Sequence[Listener]
-    engine: InProcess
+    engine: Engine
     carried_s: dict[str, float]
     rounds_done: int = 0
 
@@ -106,16 +126,19 @@ class _Run:
             self._emit(start_event(fed))
         else:
             # In the order of a fresh state: a file's order is another, and sums over tensors round by their order.
-            state, self.rounds_done = {name: checkpoint.state[name] for name in state}, checkpoint.rounds_done
+            saved, self.rounds_done = checkpoint.state, checkpoint.rounds_done
+            state = {name: saved[name] for name in state} | at_work(saved)
             self.engine.memories.update(checkpoint.memories)
             self._emit({"event": "resumed", "round": self.rounds_done})
             if self.rounds_done == 0:  # the first alignment is in this checkpoint, its time in no round's event yet
                 done = [event["seconds"] for event in read_events(self.log.path) if event["event"] == "alignment"]
                 self.carried_s["align"] = sum(done)
-        state = run_rounds(
-            fed.server,
-            self.engine,
-            fed.schedule,
+        buffered = config.scheduling.buffered if config.method in FEDERATED else None
+        if buffered:
+            loop = partial(run_buffered, fed.server, self.engine, list(fed.data.clients), buffered)
+        else:
+            loop = partial(run_rounds, fed.server, self.engine, fed.schedule)
+        state = loop(
             state,
             first_round=self.rounds_done,
             rounds=fed.rounds,

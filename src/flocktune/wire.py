@@ -1,6 +1,7 @@
-"""Tasks and updates as bytes: one safetensors blob whose metadata holds the rest as JSON.
+"""Tasks and updates as bytes: one safetensors blob whose metadata holds the rest as JSON, or the two apart.
 
-Never pickle. Decoding checks what it reads; a message that is not ours raises UpdateRefused.
+Never pickle. Decoding checks what it reads; a message that is not ours raises UpdateRefused. Apart, the tensors of a
+round's task are the same bytes for every client, and are stored and compared once.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -18,33 +21,103 @@ from flocktune.types import ClientTask, Mean, Tensors, Update
 
 FORMAT = "flocktune/1"
 
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+"""How a header calls them."""
+
 
 def encode_task(task: ClientTask) -> bytes:
     """A task as bytes."""
-    fields = {key.name: getattr(task, key.name) for key in dataclasses.fields(task) if key.name != "tensors"}
-    return _encode("task", fields, task.tensors)
+    return _encode("task", task_fields(task), task.tensors)
 
 
 def decode_task(blob: bytes) -> ClientTask:
     """The task that :func:`encode_task` was given. Raises UpdateRefused."""
-    fields, tensors = _decode("task", blob)
-    return _build(ClientTask, tensors=tensors, **fields)
+    return build_task(*_decode("task", blob))
 
 
 def encode_update(update: Update) -> bytes:
     """An update as bytes."""
-    metrics = {name: [mean.total, mean.count] for name, mean in update.metrics.items()}
-    return _encode("update", {"weight": update.weight, "clients": update.clients, "metrics": metrics}, update.delta)
+    return _encode("update", update_fields(update), update.delta)
 
 
 def decode_update(blob: bytes) -> Update:
     """The update that :func:`encode_update` was given. Raises UpdateRefused."""
-    fields, tensors = _decode("update", blob)
+    return build_update(*_decode("update", blob))
+
+
+def task_fields(task: ClientTask) -> dict[str, Any]:
+    """All of a task but its tensors, as plain values."""
+    return {key.name: getattr(task, key.name) for key in dataclasses.fields(task) if key.name != "tensors"}
+
+
+def build_task(fields: Mapping[str, Any], tensors: Tensors) -> ClientTask:
+    """The task of :func:`task_fields` and its tensors. Raises UpdateRefused."""
+    return _build(ClientTask, tensors=tensors, **fields)
+
+
+def update_fields(update: Update) -> dict[str, Any]:
+    """All of an update but its tensors, as plain values."""
+    metrics = {name: [mean.total, mean.count] for name, mean in update.metrics.items()}
+    return {"weight": update.weight, "clients": update.clients, "metrics": metrics}
+
+
+def build_update(fields: Mapping[str, Any], tensors: Tensors) -> Update:
+    """The update of :func:`update_fields` and its tensors. Raises UpdateRefused."""
+    plain = dict(fields)
     try:
-        metrics = {name: Mean(float(total), float(count)) for name, (total, count) in fields.pop("metrics").items()}
+        metrics = {name: Mean(float(total), float(count)) for name, (total, count) in plain.pop("metrics").items()}
+        if not isinstance(plain.get("weight"), int | float) or not isinstance(plain.get("clients"), int):
+            raise ValueError("a weight or a number of clients that is no number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UpdateRefused(f"message: expected metrics as name -> [total, count], got {error!r}") from None
-    return _build(Update, delta=tensors, metrics=metrics, **fields)
+    return _build(Update, delta=tensors, metrics=metrics, **plain)
+
+
+def encode_tensors(tensors: Tensors) -> bytes:
+    """Tensors alone."""
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata={"format": FORMAT})
+
+
+def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
+    """The tensors that :func:`encode_tensors` was given.
+
+    With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values.
+    Raises UpdateRefused.
+    """
+    try:
+        (length,) = struct.unpack_from("<Q", blob)
+        header = json.loads(blob[8 : 8 + length])
+        metadata = header.pop("__metadata__")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"format {metadata.get('format')}")
+        if expected is not None:
+            _refuse_header(header, expected)
+        return load(blob)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
+
+
+def _refuse_header(header: Mapping[str, Any], expected: Tensors) -> None:
+    """Raise UpdateRefused unless the header's entries are those of ``expected``; safetensors checks sizes by itself."""
+    problems = [f"{name}: missing" for name in expected.keys() - header.keys()]
+    problems += [f"{name[:200]}: not expected" for name in header.keys() - expected.keys()]
+    for name in expected.keys() & header.keys():
+        want, have = [_DTYPES.get(expected[name].dtype), list(expected[name].shape)], header[name]
+        if [have["dtype"], have["shape"]] != want:
+            got = json.dumps([have["dtype"], have["shape"]])[:200]
+            problems.append(f"{name}: expected {json.dumps(want)}, got {got}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:8])
+        raise UpdateRefused(
+            f"message refused: {shown}" + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        )
 
 
 def encoded_size(tensors: Tensors) -> int:

@@ -66,7 +66,7 @@ def server_half(
     def init(tensors: Tensors) -> State:
         parts = split_tensors(plan, tensors)
         optimizer = server_opt.init(settings, parts[ADAPTER])
-        return {**_joined(parts), **prefixed("optimizer", optimizer), "aligned": torch.tensor(0)}
+        return {**joined(parts), **prefixed("optimizer", optimizer), "aligned": torch.tensor(0)}
 
     def prepare(state: State, round: int) -> tuple[State, Mapping[str, Any]]:
         if int(state["aligned"]) > round:
@@ -98,7 +98,7 @@ def server_half(
         return {**state, "aligned": torch.tensor(round + 1)}, told
 
     def message(state: State, round: int) -> Tensors:
-        return _joined({part: group(state, part) for part in (EMULATOR, ADAPTER)})
+        return joined({part: group(state, part) for part in (EMULATOR, ADAPTER)})
 
     def returned(message: Tensors) -> Tensors:
         return group(message, ADAPTER)
@@ -161,7 +161,8 @@ def _for_the_server(error: NotFinite) -> str:
     return str(error).partition(" Lower local.lr")[0] + " Lower alignment.lr, or set alignment.clip_norm."
 
 
-def _joined(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
+def joined(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`split_tensors`, with each part's name before its tensors': a message."""
     return {name: value for part, tensors in parts.items() for name, value in prefixed(part, tensors).items()}
 
 

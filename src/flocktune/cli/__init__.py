@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from flocktune.cli.common import app, escaped, problems
 
-from flocktune.cli import preparing, running, results  # noqa: F401  # isort: skip  - as --help lists their verbs
+from flocktune.cli import preparing, running, results, federation, federating, joining  # noqa: F401  # isort: skip  - in --help's order
 
 
 @contextmanager

@@ -222,3 +222,34 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             str(config.evaluation.every),
             "Set data.test or data.test_rows_per_category.",
         )
+    if config.method in schema.FEDERATED and config.scheduling.buffered is not None:
+        yield from _buffered_checks(config, config.scheduling.buffered)
+
+
+def _buffered_checks(config: RunConfig, buffered: schema.Buffered) -> Iterator[Problem]:
+    """What has no meaning without cohorts."""
+    selection, clients = config.scheduling.selection, getattr(config.allocation, "clients", None)
+    if not isinstance(selection, schema.Uniform):
+        fix = "Whoever is not at work may be drawn."
+        yield Problem("scheduling.selection", "kind uniform with scheduling.buffered", selection.kind, fix)
+    elif selection.fraction != 1:
+        fix = "How many work at once is scheduling.buffered.concurrency."
+        got = str(selection.fraction)
+        yield Problem("scheduling.selection.fraction", "1.0 with scheduling.buffered", got, fix)
+    if config.scheduling.over_select:
+        fix = "No update waits for others, so none is asked for in reserve."
+        got = str(config.scheduling.over_select)
+        yield Problem("scheduling.over_select", "0 with scheduling.buffered", got, fix)
+    if clients is not None:
+        yield from too_few_clients(buffered, clients, "allocation.clients")
+
+
+def too_few_clients(buffered: schema.Buffered, clients: int, of: str) -> Iterator[Problem]:
+    """Settings that so many clients can not fill; ``of`` says where their number is from."""
+    counts = {
+        "size": (buffered.size, "The updates of a round are of different clients."),
+        "concurrency": (buffered.concurrency, "A client does one task at a time."),
+    }
+    for name, (count, fix) in counts.items():
+        if count > clients:
+            yield Problem(f"scheduling.buffered.{name}", f"at most the {clients} clients of {of}", str(count), fix)

@@ -20,6 +20,9 @@ EMBEDDED = "embedded"
 EMBEDDED_PUBLIC = "embedded-public"
 """Names the public data that comes with the package: for the server, no row of it is in the embedded data."""
 
+FEDERATED = ("fedit", "fedbiot")
+"""The methods in which clients learn together; the others are baselines with one client, or none."""
+
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -209,17 +212,33 @@ Selection: TypeAlias = Annotated[Uniform | BySize | RoundRobin | Availability | 
 
 
 @dataclass(frozen=True)
+class Buffered:
+    """FedBuff (arXiv 2106.06639): clients work at their own pace, and a round is over when ``size`` have given updates.
+
+    ``concurrency``: clients at work at once, each drawn among those that are not. An update that was begun ``s`` rounds
+    ago counts ``(1 + s) ** -staleness_exponent`` times its weight; with ``s`` above ``max_staleness`` it is left out.
+    """
+
+    size: Positive
+    concurrency: Positive
+    staleness_exponent: NonNegative = 0.5
+    max_staleness: Count | None = None
+
+
+@dataclass(frozen=True)
 class SchedulingConfig:
     """Who takes part in a round.
 
     The cohort is ``max(1, floor(fraction * clients + 0.5))`` clients. ``over_select`` more (a fraction
     of the cohort, rounded up) are asked, and the first ``cohort`` usable updates in task order count.
-    ``quorum``: the fraction of the cohort (rounded up) that must answer, else the round fails.
+    ``quorum``: the fraction of the cohort (rounded up) that must answer, else the round fails. ``buffered``: rounds
+    without cohort and quorum; methods with one client at a time ignore it.
     """
 
     selection: Selection = field(default_factory=Uniform)
     over_select: NonNegative = 0.0
     quorum: Fraction = 0.5
+    buffered: Buffered | None = None
 
 
 # --- local training --------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ from flocktune.report.summaries import (
 from flocktune.report.tables import format_bytes, format_seconds
 
 _DASHES = (None, "7 3", "2 3", "9 3 2 3")
+_HEALTH = {
+    "update_norm": "Size of the combined update",
+    "aggregation_error": "Aggregation error",
+    "staleness": "Mean age of the updates, in rounds",
+}
+"""What a round tells of itself, as pictures: field of its event -> title."""
 
 Points = Sequence[tuple[float, float]]
 Titled = tuple[str, Markup] | None
@@ -53,7 +59,7 @@ def curves(experiment: Experiment) -> list[tuple[str, Markup]]:
         names = [name for name in ("loss", "checked", "rouge_l", "exact_match") if _measured(experiment, dataset, name)]
         charts += [_evaluations(experiment, dataset, name) for name in names[:3]]
     main = experiment.methods.get(main_method(experiment)) or []
-    for field, title in (("update_norm", "Size of the combined update"), ("aggregation_error", "Aggregation error")):
+    for field, title in _HEALTH.items():
         charts.append(_health(main, field, title, _short_label(main_method(experiment), {})))
     return [chart for chart in charts if chart]
 

@@ -1,0 +1,70 @@
+"""The verb of a data owner: to take part in a federation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flocktune.cli.common import app, console, escaped
+
+
+@app.command()
+def join(
+    bundle: Annotated[Path, typer.Argument(help="The coordinator's invitation: NAME.bundle.")],
+    data: Annotated[Path, typer.Option(help="Your instructions: a file or a folder. They stay where they are.")],
+    model: Annotated[
+        str | None, typer.Option(help="Your copy of the base model: a folder. FedBiOT needs none.")
+    ] = None,
+    emulator: Annotated[Path | None, typer.Option(help="The emulator, if you got it as a folder.")] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Where key, policy and audit log are; default below ~/.flocktune.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the recipe's.")] = 0,
+    max_gpu_memory: Annotated[float | None, typer.Option(help="Gigabytes of GPU memory to use at most.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Try everything that can be known beforehand, and stop.")
+    ] = False,
+) -> None:
+    """Take part in a federation with your own data. Ctrl-C ends it; what is being trained is given up."""
+    from flocktune.enrolment import read_invitation
+    from flocktune.interrupts import stop_on_signals
+    from flocktune.owner.home import default_home, make_home, write_enrolment
+    from flocktune.owner.join import join as stay
+    from flocktune.owner.worker import Settings
+
+    invitation = read_invitation(bundle)
+    own = make_home(home or default_home(invitation), invitation)
+    settings = Settings(
+        client=invitation.client,
+        home=str(own.folder.resolve()),
+        data=str(data.expanduser().resolve()),
+        model=str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().exists() else model,
+        emulator=str(emulator.expanduser().resolve()) if emulator else None,
+        device=device,
+        threads=threads,
+        max_gpu_memory_gb=max_gpu_memory,
+    )
+    if check:
+        _check(invitation, own, settings)
+        return
+    if invitation.private_key is None and not own.node.exists():
+        request = Path(f"{invitation.client}.request")
+        print_ = write_enrolment(own, invitation, request)
+        console.print(
+            f"Wrote {request}. Send it to the coordinator, who lets you in by:\n"
+            f"  flocktune federation enrol DIR --accept {request}\n"
+            f"Your key's fingerprint, to compare by phone: {print_}",
+            soft_wrap=True,
+        )
+
+    def say(text: str) -> None:
+        console.print(f"{time.strftime('%H:%M:%S')}  {escaped(text)}", soft_wrap=True, highlight=False)
+
+    say(f"{invitation.client} in {invitation.federation} at {invitation.host}:{invitation.port}; Ctrl-C ends it")
+    say(f"policy and audit log: {own.folder}")
+    with stop_on_signals(lambda text: say("stopping")) as stop:
+        stay(invitation, own, settings, say, stop)

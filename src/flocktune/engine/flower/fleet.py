@@ -1,0 +1,210 @@
+"""An owner's end of Flower: parcels from the coordinator, and replies to them, over Flower's own Fleet API.
+
+Flower's SuperNode is not used: it runs whatever code the server sends (an app bundle, the FAB) in a new process for
+every message. This speaks the same protocol with Flower's own client, takes no app, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from flocktune.engine.flower.messages import content_of, parcel_of
+from flocktune.engine.flower.objects import Arriving
+from flocktune.engine.parcels import LinkDown, Parcel
+from flocktune.errors import FlocktuneError, UpdateRefused
+from flocktune.files import write_atomic
+
+_LOG = logging.getLogger(__name__)
+
+HEARTBEAT_S = 15.0
+"""The coordinator takes a client for gone when twice this time has passed without a sign of it."""
+
+GIVEN_UP_S = 1.5
+"""Between taking leave and coming back: the coordinator looks several times in between."""
+
+PATIENCE_S = 600.0
+"""How long the rest of a message is waited for."""
+
+_UNAVAILABLE = (502, 503, 504)
+
+
+class NotAdmitted(FlocktuneError):
+    """The coordinator knows no such key, or does not accept its signature (a clock that is wrong)."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A parcel, or why it is none, and what a reply to it needs."""
+
+    message: Message
+    parcel: Parcel | None
+    refusal: str = ""
+
+
+class Fleet:
+    """One owner's connection. Every method raises LinkDown when the coordinator can not be reached, NotAdmitted.
+
+    ``stop`` ends waits. ``known``: a file for what the coordinator calls this client, to take leave by after a crash.
+    """
+
+    def __init__(self, host: str, port: int, ca: Path, key: Path, known: Path, stop: threading.Event) -> None:
+        private = load_ssh_private_key(key.read_bytes(), None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise FlocktuneError(f"{key}: expected an elliptic curve key, got another kind")
+        self._public = public_key_to_bytes(private.public_key())
+        # A context of the federation's own CA alone: no public authority can vouch for another server.
+        self._client = FleetHttpClient.from_server_address(
+            f"{host}:{port}",
+            insecure=False,
+            root_certificates=ca.read_bytes(),
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(private, private.public_key()),
+            ],
+        )
+        self._known, self._stop = known, stop
+        self._node = Node()
+        self._forgotten = False
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Be there for the coordinator, with heartbeats, until the block ends."""
+        self._leave_before()
+        with _errors_said():
+            request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_S)
+            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        write_atomic(self._known, str(self._node.node_id))
+        self._forgotten, ended = False, threading.Event()
+        beats = threading.Thread(target=self._beat, args=(ended,), name="heartbeat", daemon=True)
+        beats.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beats.join()
+            self._deactivate(self._node.node_id)
+
+    def _leave_before(self) -> None:
+        """Take leave for a process of this client that was killed, so that its task is given up, or given out anew.
+
+        A client that is still taken to be there could not come back before its heartbeats are missed.
+        """
+        if self._known.exists() and (text := self._known.read_text()).isdigit() and self._deactivate(int(text)):
+            self._stop.wait(GIVEN_UP_S)
+
+    def _deactivate(self, node_id: int) -> bool:
+        try:
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+        except httpx.HTTPError:
+            return False
+        return True
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(0.8 * HEARTBEAT_S):
+            try:
+                request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
+                self._forgotten = not self._client.SendNodeHeartbeat(request).success
+            except httpx.HTTPError as error:
+                _LOG.debug("no heartbeat: %s", error)
+
+    def receive(self, limit_bytes: int) -> Received | None:
+        """The next parcel, or None when there is none now. What is larger than ``limit_bytes`` comes as a refusal."""
+        if self._forgotten:
+            raise LinkDown("the coordinator does not know this connection any more")
+        with _errors_said():
+            found = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        if not found.messages_list:
+            return None
+        message, tree = message_from_proto(found.messages_list[0]), found.message_object_trees[0]
+        run_id = message.metadata.run_id
+        try:
+            whole = self._pull(Arriving(tree), run_id, limit_bytes)
+            received = Received(message, parcel_of(whole.content))
+        except (UpdateRefused, ValueError) as error:
+            received = Received(message, None, str(error))
+        with _errors_said():
+            request = ConfirmMessageReceivedRequest(
+                node=self._node, run_id=run_id, message_object_id=message.metadata.message_id
+            )
+            self._client.ConfirmMessageReceived(request)
+        return received
+
+    def _pull(self, arriving: Arriving, run_id: int, limit_bytes: int) -> Message:
+        """All of a message. A connection that breaks in the middle is waited for: nobody sends this message again."""
+        pull_object = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
+        until = time.monotonic() + PATIENCE_S
+        while not self._stop.is_set():
+            try:
+                with _errors_said():
+                    whole = arriving.pull(pull_object, limit_bytes)
+                if whole is not None:
+                    return whole
+            except LinkDown as down:
+                _LOG.debug("in the middle of a message: %s", down)
+            if time.monotonic() > until:
+                raise UpdateRefused(f"message: the rest of it did not come within {PATIENCE_S:g} s")
+            self._stop.wait(0.3)
+        raise LinkDown("stopping")
+
+    def reply(self, received: Received, parcel: Parcel) -> None:
+        """Send the reply. Raises FlocktuneError when the coordinator does not want it any more."""
+        message = Message(content_of(parcel), reply_to=received.message)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[get_object_tree(message)],
+            clientapp_runtime_list=[0.0],
+        )
+        with _errors_said():
+            answer = self._client.PushMessages(request)
+            push = make_push_object_fn_protobuf(
+                self._client.PushObject, self._node, message.metadata.run_id, answer.session_id
+            )
+            try:
+                push_objects(get_all_nested_objects(message), push, object_ids_to_push=set(answer.objects_to_push))
+            except ObjectPushError as error:
+                raise FlocktuneError(f"the coordinator no longer takes this reply: {error}") from None
+
+
+@contextmanager
+def _errors_said() -> Iterator[None]:
+    """HTTP's errors as ours."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise LinkDown(str(error)) from None
+    except httpx.HTTPStatusError as error:
+        code, text = error.response.status_code, error.response.text[:300]
+        if code in _UNAVAILABLE:
+            raise LinkDown(f"HTTP {code}") from None
+        if code == 401:
+            raise NotAdmitted(f"HTTP 401: {text}") from None
+        raise FlocktuneError(f"the coordinator said: HTTP {code}: {text}") from None

@@ -1,0 +1,41 @@
+"""A parcel as the content of a Flower message, and back: one Array of bytes and one line of JSON.
+
+The tensors are a safetensors blob in an Array: it travels in pieces of 5 MiB, whatever its dtypes (Flower's own arrays
+know no bfloat16), and pieces that the server holds already, as those of a round's other clients, are not sent twice.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from flocktune.engine.parcels import Parcel, from_text, to_text
+from flocktune.errors import UpdateRefused
+
+MESSAGE_TYPE = "train"
+"""Flower wants one of its own; what a parcel is says its kind."""
+
+_TOLD, _TENSORS, _BLOB, _JSON = "told", "tensors", "safetensors", "json"
+
+
+def content_of(parcel: Parcel) -> RecordDict:
+    """What carries a parcel."""
+    told = ConfigRecord({_JSON: to_text(parcel)})
+    return RecordDict({_TOLD: told, _TENSORS: ArrayRecord({_BLOB: _array(parcel.blob)} if parcel.blob else {})})
+
+
+def _array(blob: bytes) -> Array:
+    return Array("uint8", (len(blob),), "safetensors", blob)
+
+
+def parcel_of(content: RecordDict) -> Parcel:
+    """The parcel that a message carries. Raises UpdateRefused for anything else."""
+    try:
+        told, tensors = content[_TOLD], content[_TENSORS]
+        if not isinstance(told, ConfigRecord) or not isinstance(tensors, ArrayRecord):
+            raise TypeError("other records")
+        text, blob = told[_JSON], tensors[_BLOB].data if _BLOB in tensors else b""
+        if not isinstance(text, str):
+            raise TypeError("no line of JSON")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateRefused(f"message: expected a parcel of flocktune, got another message ({error})") from None
+    return from_text(text, blob)

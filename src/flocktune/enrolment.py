@@ -1,0 +1,229 @@
+"""How a data owner becomes a client of a federation: two small JSON files, whose formats both sides share.
+
+The coordinator hands out an **invitation** (NAME.bundle): where the federation is, the authority that its certificate
+comes from, and a secret that is good for one answer. The owner makes a key, which never leaves, and sends back a
+**request** (NAME.request): the public key, with a proof that whoever made it holds the invitation.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flocktune.errors import Problem, UserError
+from flocktune.files import read_json, sync_folder
+
+INVITATION_FORMAT = "flocktune-invitation/1"
+REQUEST_FORMAT = "flocktune-request/1"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY_TYPE = "ecdsa-sha2-nistp384"
+_MOST_BYTES = 64 * 1024
+"""No invitation and no request is larger."""
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What an owner needs to find a federation, to know it again, and to be let in.
+
+    ``ca``: the federation's own certificate authority (PEM). ``secret``: hex, good for one request; empty when the key
+    was made by the coordinator. ``private_key``: OpenSSH text, then only.
+    """
+
+    federation_id: str
+    federation: str
+    client: str
+    host: str
+    port: int
+    ca: str
+    secret: str = ""
+    private_key: str | None = None
+
+
+@dataclass(frozen=True)
+class EnrolmentRequest:
+    """An owner's public key (OpenSSH, one line), and the HMAC-SHA256 over it under the invitation's secret (hex)."""
+
+    federation_id: str
+    client: str
+    public_key: str
+    proof: str
+
+
+def checked_name(name: str, where: str = "--name") -> str:
+    """``name``, if it can name a client: it becomes a file's name, and stands in tables. Raises UserError."""
+    if not _NAME.fullmatch(name):
+        expected = "a name of at most 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+        raise UserError(Problem(where, expected, repr(name)))
+    return name
+
+
+def new_private_key() -> bytes:
+    """A new EC P-384 key in OpenSSH's format, without a passphrase: what ``flower-supernode`` reads."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def public_key_of(private_key: bytes) -> str:
+    """The public half as OpenSSH writes it, one line. Raises UserError when that is not a P-384 key of OpenSSH's."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+
+    try:
+        key = load_ssh_private_key(private_key, password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+            raise ValueError("a key of another kind")
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UserError(Problem("private key", "a P-384 key in OpenSSH's format", str(error))) from None
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def fingerprint(public_key: str) -> str:
+    """``SHA256:...`` of a public key, as ``ssh-keygen -l`` shows it. Raises UserError for what is no P-384 key."""
+    try:
+        kind, encoded = public_key.split()[:2]
+        blob = base64.b64decode(encoded, validate=True)
+        # The curve's point is checked by the library that uses it; here: it is the kind of key it says it is.
+        if kind != _KEY_TYPE or not blob.startswith(len(kind).to_bytes(4, "big") + kind.encode()):
+            raise ValueError
+    except (ValueError, binascii.Error):
+        got = repr(public_key[:40])
+        raise UserError(Problem("public key", f"one line that begins with {_KEY_TYPE}", got)) from None
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def write_invitation(path: Path, invitation: Invitation) -> None:
+    """Write an invitation, readable by its owner alone. Atomic. Raises OSError."""
+    write_private(path, _as_text({"format": INVITATION_FORMAT, **asdict(invitation)}))
+
+
+def read_invitation(path: Path) -> Invitation:
+    """Read an invitation. Raises UserError for another file, a damaged one, one of another version."""
+    entries = _read(path, INVITATION_FORMAT, "an invitation", "Ask the coordinator for it: flocktune federation enrol.")
+    invitation = Invitation(
+        _text(path, entries, "federation_id"),
+        _text(path, entries, "federation"),
+        checked_name(_text(path, entries, "client"), f"{path}: client"),
+        _text(path, entries, "host"),
+        entries.get("port"),  # type: ignore[arg-type]  # checked below
+        _text(path, entries, "ca"),
+        _text(path, entries, "secret", empty=True),
+        _text(path, entries, "private_key") if entries.get("private_key") is not None else None,
+    )
+    if type(invitation.port) is not int or not 0 < invitation.port < 65536:
+        raise _damaged(path, "port", "a port number", invitation.port)
+    if not invitation.ca.startswith("-----BEGIN CERTIFICATE-----"):
+        raise _damaged(path, "ca", "a certificate (PEM)", invitation.ca[:30])
+    if not invitation.private_key and not re.fullmatch("[0-9a-f]{32,}", invitation.secret):
+        raise _damaged(path, "secret", "at least 32 hex digits", "something else")
+    return invitation
+
+
+def make_request(invitation: Invitation, public_key: str) -> EnrolmentRequest:
+    """The answer to an invitation. Raises UserError when ``public_key`` is none."""
+    fingerprint(public_key)
+    proof = _proof(invitation.secret, invitation.federation_id, invitation.client, public_key)
+    return EnrolmentRequest(invitation.federation_id, invitation.client, public_key, proof)
+
+
+def write_request(path: Path, request: EnrolmentRequest) -> None:
+    """Write a request. It holds no secret, but nobody else needs it either. Atomic. Raises OSError."""
+    write_private(path, _as_text({"format": REQUEST_FORMAT, **asdict(request)}))
+
+
+def read_request(path: Path) -> EnrolmentRequest:
+    """Read a request; the proof is not checked yet. Raises UserError as ``read_invitation`` does."""
+    entries = _read(path, REQUEST_FORMAT, "a request", "The owner writes one by: flocktune join NAME.bundle")
+    request = EnrolmentRequest(*(_text(path, entries, key) for key in EnrolmentRequest.__dataclass_fields__))
+    checked_name(request.client, f"{path}: client")
+    fingerprint(request.public_key)
+    return request
+
+
+def verify_request(request: EnrolmentRequest, federation_id: str, client: str, secret: str) -> None:
+    """Raise UserError unless ``request`` answers the invitation of ``client`` to this federation.
+
+    The proof is compared in constant time. That an invitation is answered once is for the caller, who forgets it.
+    """
+    if request.federation_id != federation_id:
+        raise UserError(
+            Problem("request", f"one for federation {federation_id}", f"one for {request.federation_id}",
+                    "Take it to the federation whose invitation it answers.")
+        )  # fmt: skip
+    if request.client != client:
+        raise UserError(Problem("request", f"one of client {client}", f"one of {request.client}"))
+    expected = _proof(secret, federation_id, client, request.public_key) if secret else ""
+    if not secret or not hmac.compare_digest(expected.encode(), request.proof.encode()):
+        raise UserError(
+            Problem("request", "a proof under the newest invitation's secret", "another",
+                    "It answers an older invitation, or was changed on its way. Hand out a new one and ask why.")
+        )  # fmt: skip
+
+
+def write_private(path: Path, data: bytes | str) -> None:
+    """Write ``data`` so that only this user can ever read it (0600 from the first byte), atomically. Raises OSError."""
+    payload = data.encode() if isinstance(data, str) else data
+    # mkstemp opens with O_EXCL and mode 0600.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _proof(secret: str, federation_id: str, client: str, public_key: str) -> str:
+    said = [REQUEST_FORMAT, federation_id, client, public_key]
+    canonical = json.dumps(said, separators=(",", ":"), ensure_ascii=True)
+    return hmac.new(bytes.fromhex(secret), canonical.encode(), hashlib.sha256).hexdigest()
+
+
+def _as_text(entries: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in entries.items() if value is not None}, indent=2) + "\n"
+
+
+def _read(path: Path, format: str, what: str, fix: str) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(Problem(str(path), f"{what}, a small JSON file", f"{path.stat().st_size} bytes", fix))
+    except OSError:
+        raise UserError(Problem(str(path), what, "nothing there", fix)) from None
+    entries = read_json(path)
+    found = entries.get("format") if isinstance(entries, dict) else None
+    if found == format:
+        return dict(entries)
+    kind, _, version = str(found).rpartition("/")
+    if kind == format.rpartition("/")[0]:
+        fix = "Coordinator and owner need the same version of flocktune."
+        raise UserError(Problem(str(path), f"{what} of version {format.rpartition('/')[2]}", f"version {version}", fix))
+    raise UserError(Problem(str(path), f"{what} ({format})", "another file" if found is None else str(found), fix))
+
+
+def _text(path: Path, entries: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+    value = entries.get(key)
+    if not isinstance(value, str) or not (value or empty):
+        raise _damaged(path, key, "text", value)
+    return value
+
+
+def _damaged(path: Path, key: str, expected: str, got: object) -> UserError:
+    return UserError(Problem(f"{path}: {key}", expected, repr(got), "The file is damaged: ask for it again."))

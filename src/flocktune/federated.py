@@ -1,0 +1,135 @@
+"""One recipe as the two sides of a real federation: the server's, without clients' rows, and one owner's, with its own.
+
+In one process :mod:`assemble` builds both. Apart, they compute the same, bit for bit: an owner's file is what a folder
+of one file per client (allocation ``natural``) holds for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flocktune.algorithms import fedavg, fedbiot
+from flocktune.assemble import (
+    ClientRows,
+    Federation,
+    check_rows,
+    client_data,
+    emulator_client,
+    federation,
+    refuse_leaks,
+)
+from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
+from flocktune.data.encoding import Encoded, EncodingReport
+from flocktune.emulation import load_emulator
+from flocktune.errors import Problem, UserError
+from flocktune.files import sha256_bytes
+from flocktune.interfaces import ClientHalf
+from flocktune.models.bundle import MANIFEST, Bundle
+from flocktune.resident import Instructions, load_base, load_instructions
+from flocktune.types import Tensors
+
+KINDS = {"fedit": fedavg.KIND, "fedbiot": fedbiot.KIND}
+"""The kind of task that each method gives its clients."""
+
+
+def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
+    """Raise UserError for a recipe that needs more of owners than they give, such as the sizes of their files."""
+    problems = []
+    if config.method not in KINDS:
+        problems.append(Problem("method", "fedit or fedbiot in a federation", config.method))
+    if not isinstance(config.allocation, Natural):
+        fix = "Owners hold what they hold: allocation={kind: natural}"
+        problems.append(Problem("allocation.kind", "natural in a federation", config.allocation.kind, fix))
+    if config.data.test is None and config.data.test_rows_per_category:
+        fix = "Set data.test to rows of your own, or data.test_rows_per_category=0 for a run without evaluation."
+        got = f"{config.data.test_rows_per_category} rows of each category of owners' data"
+        problems.append(Problem("data.test_rows_per_category", "0 in a federation", got, fix))
+    if isinstance(config.scheduling.selection, BySize):
+        fix = "Owners' sizes are not known here: scheduling.selection.kind=uniform"
+        problems.append(Problem("scheduling.selection", "not by_size in a federation", "by_size", fix))
+    if config.compare != CompareConfig():
+        fix = "Baselines need all rows in one place. Run them where they may be: flocktune run"
+        problems.append(Problem("compare", "no baselines in a federation", "some", fix))
+    if not clients:
+        fix = "Enrol owners: flocktune federation enrol"
+        problems.append(Problem("federation", "at least one enrolled client", "none", fix))
+    UserError.raise_all(problems)
+
+
+def server_side(config: RunConfig, clients: Sequence[str], own_bundle: Path | None = None) -> Federation:
+    """All that the server needs of a recipe for clients who are elsewhere. Raises UserError."""
+    refuse_unfederated(config, clients)
+    nobodys = _no_rows(sha256_bytes("\n".join(sorted(clients)).encode()))
+    test = nobodys
+    if config.data.test is not None:
+        test = load_instructions(config.data.test, replace(config.data, max_rows=None), config.model)
+    data = ClientRows(nobodys, test, {name: np.zeros(0, np.int64) for name in sorted(clients)}, 0)
+    return federation(config, own_bundle, data)
+
+
+def _no_rows(digest: str) -> Instructions:
+    encoded = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64))
+    return Instructions([], encoded, EncodingReport(0, (), 0, 0, 0), digest)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnersSide:
+    """One owner's half of a run. ``expected``: the names and shapes that a task's tensors must have."""
+
+    half: ClientHalf
+    expected: Tensors
+    rows: int
+
+
+def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | None = None) -> OwnersSide:
+    """What one owner needs of a recipe: its own file and a base model, or with FedBiOT the emulator alone.
+
+    ``config`` is the server's recipe with the owner's own paths for the model and device. Models and tokens stay in
+    memory between calls. Raises UserError.
+    """
+    if emulator is not None:
+        config = replace(config, model=replace(config.model, path=str(emulator.folder)))
+    own = replace(config, data=replace(config.data, train=data, test=None))
+    train = load_instructions(data, own.data, own.model)
+    rows = np.flatnonzero(train.encoded.targets > 0)
+    if not len(rows):
+        raise UserError(Problem(data, "rows to learn from", f"{len(train.examples)} rows, none with an answer"))
+    mine = ClientRows(train, _no_rows(""), {client: rows}, 0)
+    if emulator is None:
+        base = load_base(own.model, own.lora, own.runtime.device)
+        batches = client_data(own, base.pad_id, mine)
+        half = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
+        expected = base.adapter.tensors()
+    else:
+        emulated = load_emulator(own, emulator)
+        base = emulated.base
+        half = emulator_client(own, emulated, mine)
+        expected = fedbiot.joined(fedbiot.split_tensors(emulator.plan, base.adapter.tensors()))
+    check_rows([train], base.model)
+    refuse_leaks(own, base)
+    return OwnersSide(half, expected, len(rows))
+
+
+def bundle_tensors(bundle: Bundle) -> Tensors:
+    """The files of an emulator as tensors of bytes, to be sent."""
+    files = [bundle.folder / MANIFEST, *(path for path in sorted(bundle.folder.iterdir()) if path.name != MANIFEST)]
+    return {path.name: torch.from_numpy(np.fromfile(path, np.uint8)) for path in files if path.is_file()}
+
+
+def write_bundle_tensors(tensors: Tensors, folder: Path) -> None:
+    """The inverse of :func:`bundle_tensors`, into a new folder. Raises UserError for a name that is no file's."""
+    folder.mkdir(parents=True)
+    for name, value in _named_files(tensors):
+        value.numpy().tofile(folder / name)
+
+
+def _named_files(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in tensors.items():
+        if name != Path(name).name or name.startswith(".") or value.dtype != torch.uint8:
+            raise UserError(Problem("emulator", "files of a bundle", f"{name[:100]!r}", "Do not use this emulator."))
+        yield name, value

@@ -1,0 +1,184 @@
+"""A federation's folder: what lies where, made once, found again.
+
+    DIR/federation.json   what it is: id, name, host, ports       DIR/ca/        the authority: ca.pem, ca.key
+    DIR/tls/              server.pem for owners, loopback.pem     DIR/secrets/   what Flower's programs know each other by
+    DIR/clients/NAME.json one file a client                       DIR/state/     Flower's database
+    DIR/flower/           Flower's home, with its config.toml     DIR/logs/      one file a program
+    DIR/nginx/ systemd/ docker/ CHECKLIST.md                      DIR/runs/      the folders of runs
+
+The folder is its owner's alone (0700), and so is every file in it (0600).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flocktune.enrolment import checked_name, write_private
+from flocktune.errors import Problem, UserError
+from flocktune.federation.certificates import SERVER_DAYS, create_authority, issue
+from flocktune.files import read_json
+
+FORMAT = "flocktune-federation/1"
+LOOPBACK = "127.0.0.1"
+FIRST_SUPERLINK_PORT = 9091
+
+_FOLDERS = ("ca", "tls", "secrets", "clients", "flower", "nginx", "nginx/temporary", "systemd", "docker", "state",
+            "logs", "runs")  # fmt: skip
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@=-]+")
+"""The path stands in files of nginx, systemd and docker, each with quoting of its own."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A federation on the coordinator's machine. ``host`` and ``port`` are what owners connect to (TLS, by nginx);
+    the SuperLink listens on ``127.0.0.1:superlink_port`` only. ``folder`` is absolute.
+    """
+
+    folder: Path
+    id: str
+    name: str
+    host: str
+    port: int
+    superlink_port: int
+
+    @property
+    def authority(self) -> Path:
+        return self.folder / "ca" / "ca.pem"
+
+    @property
+    def secret(self) -> Path:
+        return self.folder / "secrets" / "superexec.secret"
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "state" / "superlink.db"
+
+    @property
+    def nginx_config(self) -> Path:
+        return self.folder / "nginx" / "nginx.conf"
+
+    @property
+    def server_certificate(self) -> Path:
+        return self.folder / "tls" / "server.pem"
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def tls(self, name: str) -> Path:
+        return self.folder / "tls" / name
+
+    def log(self, service: str) -> Path:
+        return self.folder / "logs" / f"{service}.log"
+
+
+def create_federation(folder: Path, host: str, port: int, name: str | None, superlink_port: int | None) -> Federation:
+    """Make a federation's folder with its keys. The files for nginx and others are ``configuration.write``'s.
+
+    federation.json comes last: a folder without it was never finished. ``name``: the folder's, if None.
+    ``superlink_port``: a free one, if None. Raises UserError, for a folder that is there too, and OSError.
+    """
+    folder = folder.expanduser().resolve()
+    UserError.raise_all(_problems(folder, host, port, superlink_port))
+    federation = Federation(
+        folder,
+        secrets.token_hex(8),
+        checked_name(name or folder.name),
+        host,
+        port,
+        superlink_port or _free_port(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    for inner in _FOLDERS:
+        (folder / inner).mkdir(mode=0o700, exist_ok=True)
+    create_authority(folder / "ca", federation.name)
+    renew_certificates(federation)
+    write_private(federation.secret, secrets.token_hex(32))
+    entries = {"format": FORMAT, **{key: value for key, value in asdict(federation).items() if key != "folder"}}
+    write_json_private(folder / "federation.json", entries)
+    return federation
+
+
+def open_federation(folder: Path) -> Federation:
+    """Find a federation again. Raises UserError when ``folder`` is none."""
+    folder = folder.expanduser().resolve()
+    fix = f"Make one by: flocktune federation init {folder} --host NAME"
+    if not (folder / "federation.json").exists():
+        got = "a folder without federation.json" if folder.is_dir() else "nothing there"
+        raise UserError(Problem(str(folder), "a federation's folder", got, fix))
+    entries = read_json(folder / "federation.json")
+    if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+        raise UserError(Problem(str(folder / "federation.json"), FORMAT, "another format or version"))
+    try:
+        return Federation(
+            folder,
+            *(str(entries[key]) for key in ("id", "name", "host")),
+            *(int(entries[key]) for key in ("port", "superlink_port")),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        where = str(folder / "federation.json")
+        raise UserError(Problem(where, "what init wrote", f"no {error}", "Restore it from a backup.")) from None
+
+
+def renew_certificates(federation: Federation) -> None:
+    """New certificates and keys for both servers, from the same authority: clients notice nothing."""
+    authority = federation.folder / "ca"
+    issue(authority, federation.server_certificate, federation.tls("server.key"), [federation.host], SERVER_DAYS)
+    # nginx verifies a name, Flower's programs the address.
+    issue(
+        authority, federation.tls("loopback.pem"), federation.tls("loopback.key"), ["localhost", LOOPBACK], SERVER_DAYS
+    )
+
+
+def write_json_private(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON that only this user can read, atomically. Raises OSError."""
+    import json
+
+    write_private(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _problems(folder: Path, host: str, port: int, superlink_port: int | None) -> list[Problem]:
+    found = []
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fix = "Choose another folder, or with --renew write this federation's certificates and configuration anew."
+        found.append(Problem(str(folder), "a new or empty folder", "one with files in it", fix))
+    if not _PLAIN_PATH.fullmatch(str(folder)):
+        expected = "a path of letters, digits and . _ - + @ = only"
+        found.append(Problem(str(folder), expected, "another", "nginx, systemd and docker all read it."))
+    if not _is_host(host):
+        found.append(Problem("--host", "a DNS name in lower case, or an IP address", repr(host)))
+    for where, number in (("--port", port), ("--superlink-port", superlink_port)):
+        if number is not None and not 0 < number < 65536:
+            found.append(Problem(where, "a port number", str(number)))
+    if port == superlink_port:
+        found.append(Problem("--superlink-port", "another port than --port", str(port)))
+    return found
+
+
+def _is_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return bool(_HOST.fullmatch(host))
+    return True
+
+
+def _free_port() -> int:
+    for port in range(FIRST_SUPERLINK_PORT, FIRST_SUPERLINK_PORT + 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    where = f"ports {FIRST_SUPERLINK_PORT} to {FIRST_SUPERLINK_PORT + 99}"
+    raise UserError(Problem(where, "one that is free", "none", "Give --superlink-port."))

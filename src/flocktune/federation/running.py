@@ -1,0 +1,121 @@
+"""A run of a federation as the coordinator starts, watches and resumes it. It goes on whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flocktune.config.engines import FlowerEngine
+from flocktune.config.schema import RunConfig
+from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.federated import server_side
+from flocktune.federation.control import run_state, submit
+from flocktune.federation.enrolled import clients
+from flocktune.federation.layout import Federation
+from flocktune.federation.processes import answers
+from flocktune.federation.services import NAMES
+from flocktune.federation.serving import APP, FAILED, ROSTER, STOP, write_roster
+from flocktune.files import is_held, read_json, write_atomic
+from flocktune.report.events import LOG_NAME, read_events
+from flocktune.run_folder import create_run, is_finished
+from flocktune.runs import Listener, Stopped
+
+LOOK_S, ASK_S = 0.5, 10.0
+"""Between two looks at a run's folder, and between two questions to Flower when nothing seems to happen."""
+
+
+def begin(federation: Federation, config: RunConfig) -> Path:
+    """Make the folder of a new run, once recipe and models are there and fit. Raises UserError."""
+    enrolled = [client.name for client in clients(federation) if client.status == "registered"]
+    engine = config.engine if isinstance(config.engine, FlowerEngine) else FlowerEngine()
+    config = replace(config, engine=engine)
+    server_side(config, enrolled)
+    folder = federation.runs / config.name
+    if folder.exists() and any(folder.iterdir()):
+        fix = f"Go on with it: flocktune federation run {federation.folder} --resume {config.name}; or name=another"
+        raise UserError(Problem(str(folder), "a new run", "one that was begun", fix))
+    create_run(config, folder)
+    write_roster(folder, enrolled)
+    return folder
+
+
+def resumable(federation: Federation, name: str | None) -> Path:
+    """The folder of the run to go on with: the one of this name, or the newest. Raises UserError."""
+    begun = [path.parent for path in federation.runs.glob(f"*/{ROSTER}")]
+    if name is not None:
+        begun = [folder for folder in begun if folder.name == name]
+    if not begun:
+        known = ", ".join(sorted(path.parent.name for path in federation.runs.glob(f"*/{ROSTER}"))) or "none"
+        fix = f"Start one: flocktune federation run {federation.folder} RECIPE"
+        raise UserError(Problem("--resume", f"a run of this federation ({known})", name or "none", fix))
+    return max(begun, key=lambda folder: (folder / ROSTER).stat().st_mtime)
+
+
+def start(federation: Federation, folder: Path) -> str:
+    """Have the run in ``folder`` started, unless it is running; gives Flower's id for it, or "". Raises UserError."""
+    if is_held(folder) or is_finished(folder):
+        return ""
+    silent = [name for name in NAMES if not answers(federation, name)]
+    if silent:
+        fix = f"Start it: flocktune federation up {federation.folder}"
+        raise UserError(Problem(str(federation.folder), "a federation that is up", f"no {', '.join(silent)}", fix))
+    app = federation.folder / "app"
+    app.mkdir(mode=0o700, exist_ok=True)
+    for name, text in APP.items():
+        write_atomic(app / name, text)
+    (folder / FAILED).unlink(missing_ok=True)
+    return submit(federation, app, folder)
+
+
+def ask_to_stop(folder: Path) -> None:
+    """The run ends after the round at hand. Raises OSError."""
+    (folder / STOP).touch()
+
+
+def follow(
+    federation: Federation, folder: Path, flower_id: str, listeners: Sequence[Listener], stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    """Tell ``listeners`` what happens in ``folder`` until the run is over; gives its summary.
+
+    ``stopped`` is asked now and then, and asks the run to end. Raises UserError or FlocktuneError with what went wrong
+    in it, and Stopped.
+    """
+    shown: list[dict[str, Any]] = []
+    asked_s, asked_to_stop = time.monotonic(), False
+    while True:
+        running, finished = is_held(folder), is_finished(folder)
+        events = read_events(folder / LOG_NAME)
+        known = next((i for i, pair in enumerate(zip(shown, events, strict=False)) if pair[0] != pair[1]), len(shown))
+        for event in events[min(known, len(events)) :]:
+            for listener in listeners:
+                listener.on_event(event)
+        shown = events
+        if finished and not running:
+            return dict(read_json(folder / "summary.json"))
+        if (folder / FAILED).exists() and not running:
+            raise _failed(folder)
+        if stopped() and not asked_to_stop:
+            ask_to_stop(folder)
+            asked_to_stop = True
+        if asked_to_stop and not running and not (folder / STOP).exists():
+            raise Stopped(str(folder))
+        if not running and time.monotonic() - asked_s > ASK_S:
+            state = run_state(federation, flower_id) if flower_id else "finished"
+            asked_s = time.monotonic()
+            if state.startswith("finished") and not is_held(folder) and not is_finished(folder):
+                if (folder / FAILED).exists():
+                    raise _failed(folder)
+                again = f"flocktune federation run {federation.folder} --resume {folder.name}"
+                logs = f"flocktune federation logs {federation.folder} superexec"
+                raise FlocktuneError(f"the run's process has ended ({state}). What it said: {logs}. Go on: {again}")
+        time.sleep(LOOK_S)
+
+
+def _failed(folder: Path) -> FlocktuneError:
+    told = read_json(folder / FAILED)
+    if told["users_mistake"]:
+        return UserError(*told["problems"])
+    return FlocktuneError("\n".join(told["problems"]))

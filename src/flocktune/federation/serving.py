@@ -1,0 +1,150 @@
+"""One run on the coordinator's machine, in the process that Flower's SuperExec starts for it.
+
+RUN/roster.json    the run's name for all time, its clients, where its paths start; written before the run begins
+RUN/failed.json    why the last attempt ended, if it did
+RUN/stop           its presence asks the run to end after the round at hand
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flocktune.assemble import Federation as Assembled
+from flocktune.audit import AuditLog
+from flocktune.config.engines import FlowerEngine
+from flocktune.config.load import to_tree
+from flocktune.engine.flower.app import client_app, server_app
+from flocktune.engine.remote import Federated, Link, Remote
+from flocktune.errors import UserError
+from flocktune.federated import bundle_tensors
+from flocktune.federation.enrolled import clients
+from flocktune.federation.layout import open_federation
+from flocktune.files import read_json, write_json
+from flocktune.interfaces import Engine
+from flocktune.runs import Elsewhere, Stopped, execute
+
+_LOG = logging.getLogger(__name__)
+
+ROSTER, FAILED, STOP = "roster.json", "failed.json", "stop"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """``run`` names the run for all time; ``clients`` are asked for its whole length; ``folder``: of relative paths."""
+
+    run: str
+    clients: tuple[str, ...]
+    folder: str
+
+
+def write_roster(run: Path, names: Sequence[str]) -> None:
+    """Fix who takes part. Raises OSError."""
+    write_json(run / ROSTER, asdict(Roster(secrets.token_hex(8), tuple(sorted(names)), os.getcwd())))
+
+
+def read_roster(run: Path) -> Roster:
+    """Raises UserError when it is missing."""
+    told = read_json(run / ROSTER)
+    return Roster(told["run"], tuple(told["clients"]), told["folder"])
+
+
+def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, Any]) -> None:
+    """Run ``settings["run"]`` to its end, or from its last round on. What went wrong is in RUN/failed.json."""
+    folder = Path(str(settings["run"]))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        roster = read_roster(folder)
+        os.chdir(roster.folder)
+        federation = open_federation(folder.parent.parent)
+        nodes = {client.name: int(client.node_id) for client in clients(federation) if client.node_id}
+        link = connect({name: node for name, node in nodes.items() if name in roster.clients})
+        audit = AuditLog(federation.folder / "audit.jsonl")
+        with _stop_file(folder / STOP) as stop:
+            execute(folder, stop=stop, elsewhere=Elsewhere(roster.clients, _engine(link, roster, audit)))
+    except Stopped:
+        pass
+    except Exception as error:
+        problems = [str(problem) for problem in error.problems] if isinstance(error, UserError) else [str(error)]
+        kind = type(error).__name__
+        write_json(folder / FAILED, {"kind": kind, "users_mistake": isinstance(error, UserError), "problems": problems})
+        raise
+
+
+def _engine(link: Link, roster: Roster, audit: AuditLog) -> Callable[[Assembled], Engine]:
+    def make(fed: Assembled) -> Engine:
+        bundle = fed.emulated.bundle if fed.emulated else None
+        common = Federated(
+            run=roster.run,
+            recipe=to_tree(fed.config),
+            returned=fed.server.returned,
+            emulator=(lambda: bundle_tensors(bundle)) if bundle else None,
+            emulator_bytes=bundle.bytes if bundle else 0,
+        )
+        settings = fed.config.engine if isinstance(fed.config.engine, FlowerEngine) else FlowerEngine()
+        return Remote(link, settings, common, audit.append)
+
+    return make
+
+
+@contextmanager
+def _stop_file(path: Path) -> Iterator[threading.Event]:
+    """An event that is set when ``path`` appears."""
+    stop, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            if path.exists():
+                stop.set()
+
+    path.unlink(missing_ok=True)
+    watcher = threading.Thread(target=watch, name="stop", daemon=True)
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        ended.set()
+        watcher.join()
+        path.unlink(missing_ok=True)
+
+
+server, client = server_app(serve), client_app()
+"""What the Flower app names."""
+
+APP = {
+    "pyproject.toml": """\
+[project]
+name = "flocktune-run"
+version = "1.0.0"
+description = "Starts a run of flocktune on the coordinator's machine. Owners do not get it."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "flocktune"
+
+[tool.flwr.app.components]
+serverapp = "flocktune_run:server"
+clientapp = "flocktune_run:client"
+
+[tool.flwr.app.config]
+run = ""
+""",
+    "flocktune_run.py": '''\
+"""Names the objects that Flower wants; they are in flocktune."""
+
+from flocktune.federation.serving import client, server
+
+__all__ = ["client", "server"]
+''',
+}
+"""A Flower app, as files."""

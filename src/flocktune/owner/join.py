@@ -1,0 +1,126 @@
+"""An owner's stay in a federation: connected, asked, answered; through outages of either side, until it is stopped.
+
+The process that talks to the network holds no model and no rows; its worker does (:mod:`worker`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flocktune.engine.flower.fleet import Fleet, NotAdmitted, Received
+from flocktune.engine.parcels import FAILURE, UPDATE, LinkDown, Parcel
+from flocktune.enrolment import Invitation
+from flocktune.errors import FlocktuneError, UserError
+from flocktune.files import exclusive
+from flocktune.owner.home import Home
+from flocktune.owner.policy import MB, load_policy
+from flocktune.owner.worker import Settings, Worker, WorkerDied
+
+BUSY_S, QUIET_S = 0.3, 3.0
+"""Between two looks for a task: soon after one, and when there has been none for a while."""
+
+AGAIN_S, LONGEST_AGAIN_S = 1.0, 30.0
+"""Between two tries to connect: at first, and at most."""
+
+
+def join(
+    invitation: Invitation,
+    home: Home,
+    settings: Settings,
+    say: Callable[[str], None],
+    stop: threading.Event,
+) -> None:
+    """Take part until ``stop`` is set. Raises UserError when another process has this home, or it can not begin."""
+    worker = Worker(settings)
+    with exclusive(home.folder):
+        fleet = Fleet(invitation.host, invitation.port, home.authority, home.key, home.node, stop)
+        home.audit.joined(federation=invitation.federation, name=invitation.client, data_digest="", rows=0)
+        try:
+            _Stay(home, worker, fleet, say, stop).until_stopped()
+        finally:
+            worker.stop()
+            home.audit.left(federation=invitation.federation, name=invitation.client, reason="stopped here")
+
+
+@dataclass
+class _Stay:
+    home: Home
+    worker: Worker
+    fleet: Fleet
+    say: Callable[[str], None]
+    stop: threading.Event
+    _said: str = ""
+
+    def until_stopped(self) -> None:
+        wait_s = AGAIN_S
+        while not self.stop.is_set():
+            try:
+                with self.fleet.connected():
+                    self._say_once("connected; waiting for tasks")
+                    wait_s = AGAIN_S
+                    self._serve()
+            except NotAdmitted as refusal:
+                self._say_once(f"not let in yet: the key is not enrolled, or this clock is wrong ({refusal})")
+            except LinkDown as down:
+                self._say_once(f"no connection ({down}); trying again")
+            except FlocktuneError as error:
+                self._say_once(f"not connected: {error}; trying again")
+            self.stop.wait(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_AGAIN_S)
+
+    def _serve(self) -> None:
+        quiet_s = 0.0
+        while not self.stop.is_set():
+            received = self.fleet.receive(load_policy(self.home.policy).max_task_mb * MB)
+            if received is None:
+                pause_s = min(QUIET_S, BUSY_S + quiet_s / 10)
+                self.stop.wait(pause_s)
+                quiet_s += pause_s
+                continue
+            quiet_s = 0.0
+            reply = self._answer(received)
+            self._send(received, reply)
+
+    def _answer(self, received: Received) -> Parcel:
+        if received.parcel is None:
+            self.say(f"a message that is no task: {received.refusal}")
+            return Parcel(FAILURE, {"reason": received.refusal})
+        fields = received.parcel.fields
+        named = {key: fields.get(key) for key in ("run", "nonce", "round", "client")}
+        try:
+            reply = self.worker.ask(received.parcel, load_policy(self.home.policy).max_minutes * 60)
+        except (WorkerDied, UserError) as error:
+            self.say(f"{error}")
+            reason = str(error) if isinstance(error, WorkerDied) else "the owner's worker does not start"
+            return Parcel(FAILURE, {**named, "reason": reason})
+        round_number = fields.get("round")
+        what = f"round {round_number + 1}" if isinstance(round_number, int) else "a task"
+        if reply.kind == UPDATE:
+            self.say(f"{what}: trained; {len(reply.blob):,} bytes leave")
+        elif reply.kind == FAILURE:
+            self.say(f"{what}: not done: {reply.fields.get('reason')}")
+        else:
+            self.say(f"{what}: {reply.kind}: the emulator")
+        return reply
+
+    def _send(self, received: Received, reply: Parcel) -> None:
+        """Send a reply, through an outage if need be; one that is no longer wanted is dropped."""
+        while not self.stop.is_set():
+            try:
+                self.fleet.reply(received, reply)
+                return
+            except LinkDown as down:
+                self._say_once(f"no connection ({down}); the reply waits")
+                self.stop.wait(AGAIN_S)
+            except NotAdmitted:
+                raise
+            except FlocktuneError as error:
+                self.say(f"the reply is not wanted any more: {error}")
+                return
+
+    def _say_once(self, text: str) -> None:
+        if text != self._said:
+            self.say(text)
+        self._said = text

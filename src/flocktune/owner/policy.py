@@ -1,0 +1,194 @@
+"""What an owner of data lets a coordinator ask for: a file on the owner's side, and the reasons to refuse a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from datetime import datetime, time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from flocktune.config.load import explain, parse_yaml
+from flocktune.config.numbers import Positive, PositiveFloat
+from flocktune.errors import Problem, UserError
+from flocktune.files import write_atomic
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
+
+MB, GB = 2**20, 2**30
+"""Bytes in the units of a policy."""
+
+_FIX = "flocktune join writes one, with every setting explained, when there is none."
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one owner allows in one federation; each default stands here, once. Sizes: MB is 2**20 bytes, GB 2**30.
+
+    ``models``: SHA-256 of base models and emulators that may be trained; empty: those named on the command line.
+    ``max_rounds``: updates that may leave in one run. ``require``: what must protect an update beside TLS.
+    ``hours``: ``20:00-06:00``, local time, may go over midnight. ``max_minutes``: of one task. ``tensors``: globs of
+    names that may leave. ``clip_norm``: an update is scaled down to this Euclidean norm before it leaves.
+    ``min_rows``: fewer rows are not trained on, for an update of a few rows tells too much of each.
+    """
+
+    methods: Annotated[tuple[Literal["fedit", "fedbiot"], ...], Field(min_length=1)] = ("fedit", "fedbiot")
+    models: tuple[Digest, ...] = ()
+    max_rounds: Positive = 1000
+    require: Literal["none", "differential_privacy", "secure_aggregation"] = "none"
+    hours: Hours | None = None
+    max_gpu_memory_gb: PositiveFloat | None = None
+    max_threads: Positive | None = None
+    max_minutes: PositiveFloat = 60.0
+    max_rank: Positive = 256
+    max_task_mb: Positive = 2048
+    max_update_mb: Positive = 1024
+    tensors: Annotated[tuple[str, ...], Field(min_length=1)] = ("*.lora_A", "*.lora_B")
+    clip_norm: PositiveFloat | None = None
+    min_rows: Positive = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task wants of an owner. ``allowed_digests``: models that the owner named; ``rows``: that would be used.
+
+    ``round`` counts from 0; ``task_bytes`` is the size of the encoded task.
+    """
+
+    method: str
+    model_digest: str
+    allowed_digests: frozenset[str]
+    rank: int
+    round: int
+    kind: str
+    trust_remote_code: bool
+    task_bytes: int
+    rows: int
+
+
+_ADAPTER: TypeAdapter[Policy] = TypeAdapter(Policy)
+_KINDS = {"fedit": "fedavg", "fedbiot": "fedbiot"}
+"""What kind of task each method sends."""
+
+_COMMENTED = """\
+# What this owner of data allows. A task outside of it is refused, and the refusal is in the audit log.
+# A change counts from the next task on.
+
+methods: [fedit, fedbiot]        # which methods may run; fedit trains on the base model, fedbiot on an emulator
+models: []                       # SHA-256 of base models and emulators that may be trained;
+                                 # empty: only what was named on the command line. flocktune join --check shows digests
+max_rounds: 1000                 # updates that may leave in one run
+require: none                    # what must protect an update: none, differential_privacy, secure_aggregation
+hours: null                      # when tasks are done, local time, such as "20:00-06:00"; null is always
+
+max_gpu_memory_gb: null          # GPU memory that a task may use; null is all of it
+max_threads: null                # CPU threads that a task may use; null is torch's own choice
+max_minutes: 60.0                # one task, then it is stopped
+max_rank: 256                    # rank of the adapter that is trained
+max_task_mb: 2048                # size of a task that is read
+max_update_mb: 1024              # size of an update that may leave
+
+tensors: ["*.lora_A", "*.lora_B"] # names of tensors that may leave; * stands for anything
+clip_norm: null                  # an update is scaled down to this Euclidean norm before it leaves; null is as it is
+min_rows: 1                      # fewer rows are not trained on: an update of a few rows tells too much of each
+"""
+
+
+def write_policy(path: Path) -> None:
+    """Write the commented default policy to ``path``, mode 0600. Raises UserError; never overwrites."""
+    if path.exists():
+        raise UserError(Problem(str(path), "a path that is free", "a file", "Change the policy that is there."))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _COMMENTED)
+        path.chmod(0o600)
+    except OSError as error:
+        raise UserError(Problem(str(path), "a path that can be written", str(error))) from None
+
+
+def load_policy(path: Path) -> Policy:
+    """Read and check a policy file. Raises UserError with every problem; nothing is taken for a default then."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = "nothing there" if isinstance(error, FileNotFoundError) else str(error)
+        raise UserError(Problem(str(path), "a policy (YAML text)", got, _FIX)) from None
+    if not text.strip():  # most likely a copy that failed: defaults would allow what its owner forbade
+        raise UserError(Problem(str(path), "a policy (YAML text)", "an empty file", _FIX))
+    try:
+        policy = _ADAPTER.validate_json(json.dumps(parse_yaml(text, str(path))), strict=True)
+    except ValidationError as error:
+        problems = explain(error.errors(include_url=False), [key.name for key in fields(Policy)])
+        raise UserError(*problems) from None
+    except (TypeError, ValueError) as error:  # a YAML date, say
+        raise UserError(Problem(str(path), "plain values with text keys", str(error))) from None
+    if policy.hours is not None and len(set(policy.hours.split("-"))) == 1:
+        raise UserError(Problem("hours", "two different times", policy.hours, "Use null for always."))
+    return policy
+
+
+def refusals(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) -> list[str]:
+    """Every reason to refuse a task, each a sentence; none when it may be done.
+
+    ``now`` is the owner's local time; ``rounds_taken`` how many updates left in this run before.
+    """
+    return [str(problem) for problem in _problems(policy, asked, now, rounds_taken)]
+
+
+def protections(asked: Asked) -> frozenset[str]:
+    """What protects the update of a task, of the values of ``require``.
+
+    This version has neither differential privacy nor secure aggregation, so that a policy that requires one refuses
+    every task.
+    """
+    return frozenset({"none"})
+
+
+def within_hours(hours: str, now: time) -> bool:
+    """Whether ``now`` lies in ``20:00-06:00``; the start belongs to it, the end does not."""
+    start, end = (time.fromisoformat(text) for text in hours.split("-"))
+    return start <= now < end if start < end else now >= start or now < end
+
+
+def allowed_models(policy: Policy, named: frozenset[str]) -> frozenset[str]:
+    """Digests that may be trained: the policy's when it has any, else those that the owner named."""
+    return frozenset(policy.models) or named
+
+
+def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) -> Iterator[Problem]:
+    if asked.trust_remote_code:
+        yield _problem("trust_remote_code", "false: no code comes from a coordinator", "true")
+    if asked.method not in policy.methods:
+        yield _problem("methods", f"one of {', '.join(policy.methods)}", repr(asked.method))
+    elif asked.kind != _KINDS[asked.method]:
+        yield _problem("methods", f"a task of kind {_KINDS[asked.method]!r} for {asked.method}", repr(asked.kind))
+    if asked.model_digest not in allowed_models(policy, asked.allowed_digests):
+        whose = "listed here" if policy.models else "named on the command line"
+        yield _problem("models", f"a model that is {whose}", f"digest {asked.model_digest[:12] or 'none'}...")
+    if policy.require not in protections(asked):
+        what = policy.require.replace("_", " ")
+        yield _problem("require", f"an update that is protected by {what}", "a flocktune that can not do that yet")
+    if policy.hours is not None and not within_hours(policy.hours, now.time()):
+        yield _problem("hours", policy.hours, f"{now:%H:%M}")
+    if rounds_taken >= policy.max_rounds:
+        yield _problem(
+            "max_rounds", f"at most {policy.max_rounds} updates of one run", f"one more after {rounds_taken}"
+        )
+    if asked.round < 0:
+        yield _problem("max_rounds", "a round from 0 on", str(asked.round))
+    if not 1 <= asked.rank <= policy.max_rank:
+        yield _problem("max_rank", f"a rank from 1 to {policy.max_rank}", str(asked.rank))
+    if asked.task_bytes > policy.max_task_mb * MB:
+        yield _problem("max_task_mb", f"a task of at most {policy.max_task_mb} MB", f"{asked.task_bytes / MB:.1f} MB")
+    if asked.rows < policy.min_rows:
+        yield _problem("min_rows", f"at least {policy.min_rows} rows to train on", str(asked.rows))
+
+
+def _problem(setting: str, expected: Any, got: str) -> Problem:
+    return Problem(f"policy: {setting}", expected, got)

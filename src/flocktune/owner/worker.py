@@ -1,0 +1,226 @@
+"""The process that keeps an owner's base model, rows and caches, between the coordinator's tasks.
+
+It listens on a unix socket in the owner's home that only its user can open, does one task at a time, and ends when
+nothing has come for a while. The network is another process's business (:mod:`join`): that one holds no model, and a
+worker that dies is started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+
+from flocktune.engine.parcels import FAILURE, Parcel, from_text, to_text
+from flocktune.errors import FlocktuneError, Problem, UserError
+
+_LOG = logging.getLogger(__name__)
+
+SOCKET, LOG = "worker.sock", "worker.log"
+
+IDLE_S = 900.0
+"""A worker without a task for so long ends, and gives its memory back."""
+
+START_S = 60.0
+"""So long may a new worker take to listen: it imports nothing large before."""
+
+_SOCKET_PATH_BYTES = 100
+"""Unix sockets' paths may have 107 bytes."""
+
+
+class WorkerDied(FlocktuneError):
+    """The worker ended in the middle of a task."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is for: an :class:`~flocktune.owner.tasks.Owner` as plain values. Other settings, other worker."""
+
+    client: str
+    home: str
+    data: str
+    model: str | None = None
+    emulator: str | None = None
+    device: str = "auto"
+    threads: int = 0
+    max_gpu_memory_gb: float | None = None
+
+    @property
+    def digest(self) -> str:
+        """By which a running worker is known to be for the same."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return Path(self.home) / SOCKET
+
+
+class Worker:
+    """The owner's running worker, started when it is not there. Used by one process at a time."""
+
+    def __init__(self, settings: Settings, *, idle_s: float = IDLE_S) -> None:
+        if len(str(settings.socket).encode()) > _SOCKET_PATH_BYTES:
+            expected = f"a path of at most {_SOCKET_PATH_BYTES - len(SOCKET) - 1} bytes"
+            raise UserError(Problem("--home", expected, settings.home, "A unix socket needs a short one."))
+        self.settings, self._idle_s = settings, idle_s
+        self._connection: Connection | None = None
+        self.process_id = 0
+
+    def ask(self, parcel: Parcel, timeout_s: float) -> Parcel:
+        """The worker's reply. One that takes longer than ``timeout_s`` is killed. Raises WorkerDied, UserError."""
+        connection = self._connected()
+        try:
+            connection.send_bytes(to_text(parcel).encode())
+            connection.send_bytes(parcel.blob)
+            if not connection.poll(timeout_s):
+                self.kill()
+                raise WorkerDied(f"took longer than {timeout_s / 60:g} minutes, and was stopped")
+            return _receive(connection)
+        except (EOFError, OSError) as error:
+            self._forget()
+            raise WorkerDied(f"the worker ended in the middle of a task ({type(error).__name__})") from None
+
+    def kill(self) -> None:
+        """End it now; nothing is lost but what it was at."""
+        if self.process_id:
+            with suppress(ProcessLookupError):
+                os.kill(self.process_id, signal.SIGKILL)
+        self._forget()
+
+    def stop(self) -> None:
+        """End it if it is idle, as it is whenever this is called."""
+        with suppress(OSError, EOFError, FlocktuneError):
+            self._connection = self._connection or self._greet()
+            if self._connection:
+                self.kill()
+
+    def _connected(self) -> Connection:
+        if self._connection is not None and self._connection.poll(0):
+            self._forget()  # nothing is to be read between tasks but the end: it was idle for long, or died
+        if self._connection is None:
+            self._connection = self._greet() or self._start()
+        return self._connection
+
+    def _greet(self) -> Connection | None:
+        """Connect to a worker that is there. One for other settings is stopped."""
+        try:
+            connection = Client(str(self.settings.socket), "AF_UNIX")
+            told = json.loads(connection.recv_bytes(10_000))
+        except (OSError, EOFError, ValueError):
+            return None
+        self.process_id = int(told["process"])
+        if told["settings"] == self.settings.digest:
+            return connection
+        connection.close()
+        self.kill()
+        return None
+
+    def _start(self) -> Connection:
+        log = Path(self.settings.home) / LOG
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flocktune.owner.worker", json.dumps(asdict(self.settings)), str(self._idle_s)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # it outlives the network side, which finds it again
+            )
+        until = time.monotonic() + START_S
+        while time.monotonic() < until and process.poll() is None:
+            if connection := self._greet():
+                return connection
+            time.sleep(0.05)
+        process.kill()
+        raise UserError(Problem(str(log), "a worker that starts", "one that does not", "Its log says why."))
+
+    def _forget(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection, self.process_id = None, 0
+
+
+def serve(settings: Settings, idle_s: float) -> None:
+    """Do tasks until none has come for ``idle_s`` seconds."""
+    with _listening(settings.socket) as listener:
+        from flocktune.owner.tasks import Owner  # seconds of imports; who connects meanwhile waits
+
+        owner = Owner(**{**asdict(settings), "home": Path(settings.home)})
+        hello = json.dumps({"process": os.getpid(), "settings": settings.digest}).encode()
+        listener.settimeout(idle_s)
+        with suppress(TimeoutError):
+            while True:
+                accepted, _ = listener.accept()
+                if _peer(accepted) != os.getuid():
+                    accepted.close()
+                    continue
+                with Connection(accepted.detach()) as connection, suppress(EOFError, ConnectionError):
+                    connection.send_bytes(hello)
+                    while connection.poll(idle_s):
+                        reply = _reply(owner, connection)
+                        connection.send_bytes(to_text(reply).encode())
+                        connection.send_bytes(reply.blob)
+                    break
+    _LOG.info("idle for %g s: ending", idle_s)
+
+
+def _reply(owner, connection: Connection) -> Parcel:  # type: ignore[no-untyped-def]
+    try:
+        return owner.answer(_receive(connection))
+    except FlocktuneError as error:  # nothing that could be answered: not even whose task it is
+        _LOG.warning("%s", error)
+        return Parcel(FAILURE, {"reason": str(error)})
+
+
+def _receive(connection: Connection) -> Parcel:
+    text, blob = connection.recv_bytes(), connection.recv_bytes()
+    return from_text(text.decode(errors="replace"), blob)
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """Take the socket's place; what a dead worker left there is removed. Mode 0600 from the first moment."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(4)
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _peer(connection: socket.socket) -> int:
+    """The user at the other end."""
+    form = "3i"  # process, user, group
+    return struct.unpack(form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form)))[1]
+
+
+def main() -> None:
+    """``python -m flocktune.owner.worker SETTINGS IDLE_S``: started by :class:`Worker` alone."""
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+    settings = Settings(**json.loads(sys.argv[1]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the network side, which ends this one
+    serve(settings, float(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
