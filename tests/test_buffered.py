@@ -133,6 +133,14 @@ def test_staleness_weights_equal_the_textbook_loop(exponent: float) -> None:
     assert state["adapter/w"].tolist() == pytest.approx(w.tolist(), abs=1e-6)
 
 
+def test_weights_that_vanish_with_age_still_have_a_mean() -> None:
+    def light(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        return replace(plain(task, memory)[0], weight=1e-300), memory
+
+    state = run(12, Buffered(3, 8, staleness_exponent=40.0), light)
+    assert bool(state["adapter/w"].isfinite().all())
+
+
 def test_five_are_at_work_and_never_one_twice() -> None:
     out: list[list[str]] = []
 
@@ -349,6 +357,25 @@ def test_a_message_is_saved_once_however_many_work_on_it_and_no_longer_than_that
         messages = {name for name in own if "/message/" in name}
         assert messages == {f"buffered/message/{version}/w" for _, version, _ in work.values()}
         assert own["buffered/counts"].tolist() == [3 * done + 4, 3 * done]
+
+
+def test_whoever_was_at_work_is_given_out_first_and_in_the_order_of_before() -> None:
+    given: list[Issued] = []
+
+    class Asking(InProcess):
+        def stream(self, issue) -> Iterator[tuple[ClientTask, Update | Failure]]:
+            given.extend(iter(issue, None))
+            yield from ()
+
+    state = run(6)
+    shuffled = dict(sorted(state.items(), reverse=True))  # files have an order of their own
+    with pytest.raises(RoundFailed):
+        run(7, state=shuffled, first_round=6, engine=Asking(pull))
+    work = {name.split("/")[-1]: value.tolist() for name, value in state.items() if "/work/" in name}
+    before = sorted(work, key=lambda client: work[client][0])
+    assert [issued.task.client for issued in given[:-1]] == before
+    assert [issued.task.round for issued in given] == [*(work[client][1] for client in before), 6]
+    assert [issued.at for issued in given] == [*(work[client][2] / 5 for client in before), 18 / 5]
 
 
 def test_a_stop_is_taken_between_rounds() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -171,8 +172,11 @@ def test_nobody_answers() -> None:
 # --- certificate -----------------------------------------------------------------------------------
 
 
-def test_another_authority(authority: Authority, tmp_path: Path) -> None:
-    with serving(Authority("someone else's").issue(tmp_path)) as port:
+def test_another_authority(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Authority("someone else's")
+    (tmp_path / "system.pem").write_text(other.pem)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "system.pem"))  # one that this machine trusts
+    with serving(other.issue(tmp_path)) as port:
         found = look(port, authority.pem)
     assert found["certificate"].ok is False
     assert "not signed by the invitation's authority" in found["certificate"].said
@@ -371,12 +375,14 @@ def test_all_findings_fit_a_terminal(world: World, authority: Authority, tmp_pat
 
 
 def test_one_problem_does_not_hide_another(world: World, tmp_path: Path, free_port: int) -> None:
-    place = place_of(world, tmp_path, free_port, "")
+    tried: list[bool] = []
+    place = replace(place_of(world, tmp_path, free_port, ""), enrolled=lambda: tried.append(True))
     place.policy.write_text("max_rounds: none\n")
     place.key.chmod(0o644)
     findings = {finding.name: finding for finding in ready.readiness(place)}
     assert [findings[name].ok for name in ("network", "key", "policy")] == [False, False, False]
     assert [findings[name].ok for name in ("certificate", "gate", "clock", "enrolled")] == [None] * 4
+    assert not tried, "nobody is asked who can not be reached"
     assert "max_rounds: expected" in findings["policy"].said
     assert findings["data"].ok
     assert not ready.is_ready(list(findings.values()))

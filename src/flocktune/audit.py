@@ -191,9 +191,8 @@ def _tail(descriptor: int) -> tuple[str, list[bytes], bool]:
         start = max(0, size - reach)
         data = os.pread(descriptor, size - start, start)
         ended = not data or data.endswith(b"\n")
-        lines = (
-            data.removesuffix(b"\n").split(b"\n") if data else []
-        )  # the first may lack its beginning: no record then
+        # The first line may lack its beginning: then it is no record, and more is read.
+        lines = data.removesuffix(b"\n").split(b"\n") if data else []
         for place in range(len(lines) - 1, -1, -1):
             if _parsed(lines[place]) is not None:
                 return sha256_bytes(lines[place]), lines[place + 1 :], ended

@@ -8,7 +8,6 @@ comes from, and a secret that is good for one answer. The owner makes a key, whi
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -93,17 +92,25 @@ def public_key_of(private_key: bytes) -> str:
 
 
 def fingerprint(public_key: str) -> str:
-    """``SHA256:...`` of a public key, as ``ssh-keygen -l`` shows it. Raises UserError for what is no P-384 key."""
+    """``SHA256:...`` of a public key, as ``ssh-keygen -l`` shows it.
+
+    Raises UserError for all but a P-384 key, written as ``public_key_of`` writes it: so one key has one text.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+
     try:
-        kind, encoded = public_key.split()[:2]
-        blob = base64.b64decode(encoded, validate=True)
-        # The curve's point is checked by the library that uses it; here: it is the kind of key it says it is.
-        if kind != _KEY_TYPE or not blob.startswith(len(kind).to_bytes(4, "big") + kind.encode()):
+        key = load_ssh_public_key(public_key.encode())
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
             raise ValueError
-    except (ValueError, binascii.Error):
+        if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() != public_key:
+            raise ValueError
+    except (ValueError, UnsupportedAlgorithm):
         got = repr(public_key[:40])
-        raise UserError(Problem("public key", f"one line that begins with {_KEY_TYPE}", got)) from None
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+        raise UserError(Problem("public key", f"a P-384 key, one line that begins with {_KEY_TYPE}", got)) from None
+    digest = hashlib.sha256(base64.b64decode(public_key.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def write_invitation(path: Path, invitation: Invitation) -> None:

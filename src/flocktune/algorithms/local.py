@@ -48,6 +48,8 @@ def train_locally(
     ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
     whole run. The same task gives the same update. Raises NotFinite.
     """
+    # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
+    received = {name: received[name] for name in adapter.parameters if name in received}
     steps = steps_per_round(local, data.examples)
     whole_run = local.schedule_over == "run"
     micro_batches = None if local.steps is None else local.steps * local.accumulate
@@ -81,7 +83,8 @@ def train_locally(
 @contextmanager
 def training_only(adapter: Adapter, names: Iterable[str]) -> Iterator[Mapping[str, nn.Parameter]]:
     """Inside, these factors alone want gradients: no graph is built below the lowest of them."""
-    chosen = {name: adapter.parameters[name] for name in names}
+    wanted = set(names)
+    chosen = {name: value for name, value in adapter.parameters.items() if name in wanted}
     for name, parameter in adapter.parameters.items():
         parameter.requires_grad_(name in chosen)
     try:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flocktune.cli.common import app, console, escaped
+
+if TYPE_CHECKING:
+    from flocktune.enrolment import Invitation
+    from flocktune.owner.home import Home
+    from flocktune.owner.worker import Settings
 
 
 @app.command()
@@ -49,8 +54,7 @@ def join(
         max_gpu_memory_gb=max_gpu_memory,
     )
     if check:
-        _check(invitation, own, settings)
-        return
+        raise typer.Exit(_check(invitation, own, settings))
     if invitation.private_key is None and not own.node.exists():
         request = Path(f"{invitation.client}.request")
         print_ = write_enrolment(own, invitation, request)
@@ -68,3 +72,27 @@ def join(
     say(f"policy and audit log: {own.folder}")
     with stop_on_signals(lambda text: say("stopping")) as stop:
         stay(invitation, own, settings, say, stop)
+
+
+def _check(invitation: Invitation, own: Home, settings: Settings) -> int:
+    """Show what can be known beforehand; 1 when something is wrong."""
+    from flocktune.files import is_held
+    from flocktune.owner.join import try_to_connect
+    from flocktune.owner.readiness import Place, is_ready, readiness, readiness_table
+
+    place = Place(
+        host=invitation.host,
+        port=invitation.port,
+        ca=invitation.ca,
+        home=own.folder,
+        key=own.key,
+        data=settings.data,
+        policy=own.policy,
+        model=settings.model,
+        emulator=Path(settings.emulator) if settings.emulator else None,
+        # Who takes part just now is not disturbed.
+        enrolled=None if is_held(own.folder) else lambda: try_to_connect(invitation, own),
+    )
+    findings = readiness(place)
+    console.print(readiness_table(findings))
+    return 0 if is_ready(findings) else 1

@@ -17,6 +17,7 @@ same updates; who is drawn next follows from the number of tasks given out so fa
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -272,4 +273,5 @@ class _Intake:
         if len(self.kept) < self.hooks.diagnose_clients:
             self.kept.append(update)
         self.staleness += staleness
-        return replace(update, weight=update.weight * (1 + staleness) ** -self.settings.staleness_exponent)
+        weight = update.weight * (1 + staleness) ** -self.settings.staleness_exponent
+        return replace(update, weight=max(weight, sys.float_info.min))  # two that round to zero have no mean

@@ -68,6 +68,8 @@ def on_ray(settings: RayEngine, source: HalfSource, threads: int = 0) -> Iterato
     try:
         workers = settings.workers or count_that_fit(ray.nodes(), settings)
         refuse_too_many(ray.nodes(), settings, workers)
+        if not settings.gpus_per_worker and ray.cluster_resources().get("GPU"):
+            _LOG.warning("engine.gpus_per_worker is 0: the cluster has GPUs, and the workers compute on CPUs")
         options = {
             "num_cpus": settings.cpus_per_worker,
             "num_gpus": settings.gpus_per_worker,
@@ -198,9 +200,7 @@ class OnRay:
         else:
             seat.open()
         if not self.seats:
-            raise FlocktuneError(
-                f"the Ray cluster has no room for a worker any more ({why}). Mend it, and resume the run."
-            )
+            raise FlocktuneError(f"no worker is left, nor room for one in the cluster ({why}). Mend it and resume.")
         for job in waiting if lost.reply else [lost, *waiting]:
             self._give(job)
 

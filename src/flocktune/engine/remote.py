@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from flocktune.config.engines import FlowerEngine
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel
 from flocktune.errors import UpdateRefused
-from flocktune.interfaces import Memory
+from flocktune.interfaces import Issued, Memory
 from flocktune.types import ClientTask, Failure, Tensors, Update
-from flocktune.wire import build_update, decode_tensors, encode_tensors, task_fields
+from flocktune.wire import build_update, decode_tensors, encode_tensors, encoded_size, task_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,6 +92,20 @@ class Remote:
                     if exchange.updates >= wanted:
                         exchange.give_up("still at work when the round had all the updates it wanted")
                 yield exchange.take(client)
+
+    def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
+        """Replies as they come, each with its task."""
+        with tempfile.TemporaryDirectory(prefix="flocktune-inbox-") as inbox:
+            exchange, tasks = _Exchange(self, Path(inbox)), {}
+            while True:
+                while (issued := issue()) is not None:
+                    tasks[exchange.give(issued.task)] = issued.task
+                if not tasks:
+                    return
+                while not exchange.settled:
+                    exchange.advance()
+                client = next(iter(exchange.settled))
+                yield tasks.pop(client), exchange.take(client)
 
 
 @dataclass
@@ -178,7 +192,7 @@ class _Exchange:
         asked = {client: item.asked for client, item in self.open.items() if item.asked}
         if not asked:
             return
-        largest = max(len(self._encoded(self.open[client].task.tensors)) for client in asked)
+        largest = max(encoded_size(self.open[client].task.tensors) for client in asked)
         for client, reply in self.remote.link.receive(asked, largest + FIELDS_ROOM):
             item = self.open.get(client)
             if item is None:

@@ -136,7 +136,8 @@ def let_in_accepted(federation: Federation) -> dict[str, str]:
     Safe to repeat, and to be killed in. Raises UserError for keys that it refuses, when the others are in, and
     ControlFailed.
     """
-    found, problems = {}, []
+    found: dict[str, str] = {}
+    problems: list[Problem | str] = []
     with held(federation):
         for client in clients(federation):
             if client.status == "accepted":

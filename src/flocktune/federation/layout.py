@@ -1,7 +1,7 @@
 """A federation's folder: what lies where, made once, found again.
 
     DIR/federation.json   what it is: id, name, host, ports       DIR/ca/        the authority: ca.pem, ca.key
-    DIR/tls/              server.pem for owners, loopback.pem     DIR/secrets/   what Flower's programs know each other by
+    DIR/tls/              server.pem for owners, loopback.pem     DIR/secrets/   what Flower's programs share
     DIR/clients/NAME.json one file a client                       DIR/state/     Flower's database
     DIR/flower/           Flower's home, with its config.toml     DIR/logs/      one file a program
     DIR/nginx/ systemd/ docker/ CHECKLIST.md                      DIR/runs/      the folders of runs
@@ -12,6 +12,7 @@ The folder is its owner's alone (0700), and so is every file in it (0600).
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import secrets
 import socket
@@ -121,8 +122,11 @@ def open_federation(folder: Path) -> Federation:
     try:
         return Federation(
             folder,
-            *(str(entries[key]) for key in ("id", "name", "host")),
-            *(int(entries[key]) for key in ("port", "superlink_port")),
+            str(entries["id"]),
+            str(entries["name"]),
+            str(entries["host"]),
+            int(entries["port"]),
+            int(entries["superlink_port"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         where = str(folder / "federation.json")
@@ -141,8 +145,6 @@ def renew_certificates(federation: Federation) -> None:
 
 def write_json_private(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON that only this user can read, atomically. Raises OSError."""
-    import json
-
     write_private(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -58,13 +58,13 @@ def start(federation: Federation, name: str) -> Started:
     NotAnswering.
     """
     service = services(federation)[name]
-    pid = pid_of(service)
-    if pid is None:
+    spawned = None
+    if pid_of(service) is None:
         if name == NGINX:
             _end(lambda: processes_of_nginx(federation))
         _check_port(federation, name)
-        _spawn(federation, service)
-    return Started(name, _wait_until_answering(federation, service), new=pid is None)
+        spawned = _spawn(federation, service)
+    return Started(name, _wait_until_answering(federation, service, spawned), new=spawned is not None)
 
 
 def check(federation: Federation) -> None:
@@ -125,13 +125,13 @@ def last_lines(path: Path, count: int) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[-count:] if count else []
 
 
-def _spawn(federation: Federation, service: Service) -> None:
+def _spawn(federation: Federation, service: Service) -> subprocess.Popen[bytes]:
     path = federation.log(service.name)
     if path.exists() and path.stat().st_size > _LARGEST_LOG_BYTES:
         path.replace(path.with_suffix(".log.1"))
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        subprocess.Popen(
+        return subprocess.Popen(
             service.command,
             env=inherited_environment(federation),
             cwd=federation.folder,
@@ -158,20 +158,18 @@ def _check_port(federation: Federation, name: str) -> None:
             raise UserError(Problem(f"port {port}", f"one that {name} can have", error.strerror or "", fix)) from None
 
 
-def _wait_until_answering(federation: Federation, service: Service) -> int:
+def _wait_until_answering(federation: Federation, service: Service, spawned: subprocess.Popen[bytes] | None) -> int:
     deadline = time.monotonic() + START_S
-    appeared = False
     while time.monotonic() < deadline:
         pid = pid_of(service)
         if pid is not None and answers(federation, service.name):
             return pid
-        if appeared and pid is None:
+        if spawned.poll() is not None if spawned else pid is None:
             break
-        appeared = appeared or pid is not None
         time.sleep(_POLL_S)
     log = federation.log(service.name)
     tail = "\n  ".join(last_lines(log, 12))
-    got = f"did not answer within {START_S:.0f} seconds" if appeared and pid_of(service) else "ended"
+    got = "ended" if pid_of(service) is None else f"did not answer within {START_S:.0f} seconds"
     raise NotAnswering(f"{service.name} {got}. The end of {log}:\n  {tail}")
 
 

@@ -35,13 +35,23 @@ def join(
     """Take part until ``stop`` is set. Raises UserError when another process has this home, or it can not begin."""
     worker = Worker(settings)
     with exclusive(home.folder):
-        fleet = Fleet(invitation.host, invitation.port, home.authority, home.key, home.node, stop)
+        fleet = _fleet(invitation, home, stop)
         home.audit.joined(federation=invitation.federation, name=invitation.client, data_digest="", rows=0)
         try:
             _Stay(home, worker, fleet, say, stop).until_stopped()
         finally:
             worker.stop()
             home.audit.left(federation=invitation.federation, name=invitation.client, reason="stopped here")
+
+
+def try_to_connect(invitation: Invitation, home: Home) -> None:
+    """Be connected for a moment. Raises FlocktuneError saying why not, UserError when this home takes part just now."""
+    with exclusive(home.folder), _fleet(invitation, home, threading.Event()).connected():
+        pass
+
+
+def _fleet(invitation: Invitation, home: Home, stop: threading.Event) -> Fleet:
+    return Fleet(invitation.host, invitation.port, home.authority, home.key, home.node, stop)
 
 
 @dataclass

@@ -53,7 +53,7 @@ class LiveView:
         match event.get("event"):
             case "run_start":
                 self._reset(event)
-                clients = len(event.get("clients") or {})
+                clients = len(event.get("clients") or event.get("owners") or ())
                 self._say(f"{self._title()}: {_counted(self._rounds, 'round')}, {_counted(clients, 'client')}")
             case "resumed":
                 self._done = int(event["round"])
