@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from flocktune.scheduling import Cohort
 from flocktune.seeds import derive_seed
 from flocktune.tensors import digest
 from flocktune.types import ClientTask, Failure, Mean, Update
+from flocktune.wire import encoded_size
 from forked_runs import ForkedRuns
 from test_resume import events, go_on, result
 
@@ -137,7 +139,7 @@ def test_weights_that_vanish_with_age_still_have_a_mean() -> None:
     def light(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
         return replace(plain(task, memory)[0], weight=1e-300), memory
 
-    state = run(12, Buffered(3, 8, staleness_exponent=40.0), light)
+    state = run(12, Buffered(3, 8, staleness_exponent=4000.0), light)
     assert bool(state["adapter/w"].isfinite().all())
 
 
@@ -184,9 +186,9 @@ def test_a_record_tells_what_came_in_its_round() -> None:
         assert len(set(record.selected)) == 6, "a fast client is not asked twice from the same state"
         assert record.metrics["loss"].count == 6
         assert record.diagnostics["staleness"] == sum(record.round - task.round for task in came) / 6
-        assert record.bytes_up == 6 * records[0].bytes_up / 6
+        assert record.bytes_up == 6 * encoded_size(START)
         # Two at the start; then one after each reply, but for the last of a round: that one belongs to the next.
-        assert record.bytes_down == (7 if record.round == 0 else 6) * records[0].bytes_down / 7
+        assert record.bytes_down == (7 if record.round == 0 else 6) * encoded_size(START)
         for client, told in record.clients.items():
             assert told.weight == WEIGHTS[client], "as the client gave it"
 
@@ -217,6 +219,52 @@ def test_transforms_are_undone_in_reverse_order() -> None:
     transforms = [scaled(2.0), scaled(4.0)]
     state = run(engine=InProcess(pull, transforms), transforms=transforms)
     assert state["adapter/w"].tolist() == pytest.approx(run()["adapter/w"].tolist(), abs=1e-5)
+
+
+def test_in_one_process_replies_come_in_the_order_of_the_logical_time() -> None:
+    """Played again with a list that is sorted anew for every reply."""
+    tasks = [ClientTask(0, f"c{seed % 8}", "toy", START, seed, "") for seed in range(40)]
+    waiting, order, clock, at_once = list(tasks), [], 0, 6
+
+    def issue() -> Issued | None:
+        return Issued(waiting.pop(0), clock / at_once) if waiting and 40 - len(waiting) - clock < at_once else None
+
+    for task, reply in InProcess(pull).stream(issue):
+        assert isinstance(reply, Update)
+        order.append(task.seed)
+        clock += 1
+    begun = [max(0, seed - at_once + 1) / at_once for seed in range(40)]
+    working, expected = list(range(at_once)), []
+    while working:
+        expected.append(min(working, key=lambda seed: begun[seed] + duration(seed)))
+        working = [seed for seed in range(min(40, at_once + len(expected))) if seed not in expected]
+    assert order == expected
+    assert order != sorted(order)
+
+
+def test_of_two_that_are_done_at_once_the_first_given_out_comes_first() -> None:
+    twins = [ClientTask(0, client, "toy", START, 5, "") for client in ("c7", "c1", "c4")]
+    given = iter(twins)
+    issue = lambda: next((Issued(task, 0.0) for task in given), None)  # noqa: E731
+    assert [task.client for task, _ in InProcess(pull).stream(issue)] == ["c7", "c1", "c4"]
+
+
+def test_a_message_that_nobody_works_on_any_more_is_let_go() -> None:
+    seen: dict[int, weakref.ref[torch.Tensor]] = {}
+    needed: set[int] = set()
+
+    def half(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        seen[task.round] = weakref.ref(task.tensors["w"])
+        return pull(task, memory)
+
+    def check(record: RoundRecord, state: State) -> None:
+        held = {number for number, tensor in seen.items() if tensor() is not None}
+        assert held <= needed | {record.round}, "more than was worked on when the round began"
+        needed.clear()
+        needed.update(int(name.split("/")[2]) for name in state if name.startswith("buffered/message/"))
+
+    run(20, half=half, hooks=Hooks(on_round=check))
+    assert len(seen) == 20
 
 
 def test_durations_are_half_normal_with_mean_one() -> None:

@@ -644,7 +644,7 @@ def test_what_ignores_sigterm_is_killed(fed: Federation, monkeypatch: pytest.Mon
         assert process.stdout is not None
         process.stdout.readline()
         processes.stop(fed)
-        assert process.wait() == -9
+        assert process.wait(30) == -9
 
 
 def test_what_is_missing_is_named_before_anything_starts(

@@ -310,6 +310,7 @@ def test_who_stops_asking_can_ask_again(engine: OnRay) -> None:
     replies = engine.run(tasks_for(names(9)), 9)
     next(replies)
     replies.close()
+    assert not any(seat.jobs for seat in engine.seats)
     again = [plain(reply) for reply in engine.run(tasks_for(names(3, "new")), 3)]
     assert again == [plain(reply) for reply in InProcess(toy()).run(tasks_for(names(3, "new")), 3)]
 
@@ -346,6 +347,11 @@ for address, workers in (sys.argv[1], 1), (None, 1):
         print(len(list(engine.run(tasks_for(names(3)), 3))), ray.get_runtime_context().gcs_address == sys.argv[1])
         assert signal.getsignal(signal.SIGTERM) is handle
     assert not ray.is_initialized()
+try:
+    with on_ray(RayEngine(address="127.0.0.1:1"), HalfSource("ray_halves:toy")):
+        pass
+except UserError as error:
+    print(error)
 """
 
 
@@ -360,7 +366,9 @@ def test_a_process_joins_a_cluster_or_starts_its_own(cluster) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["3 True", "3 False"]
+    joined, started, refused = done.stdout.splitlines()
+    assert [joined, started] == ["3 True", "3 False"]
+    assert refused.startswith("engine.address: expected a Ray cluster that runs, got 127.0.0.1:1: ")
     assert [node["Alive"] for node in ray.nodes()] == [True], "the cluster that was joined runs on"
 
 

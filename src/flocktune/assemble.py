@@ -111,9 +111,10 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     """Hold out the test rows, then deal the others out to clients. Raises UserError."""
     data = config.data
     train = load_instructions(data.train, data, config.model)
-    usable = [row for row in range(len(train.examples)) if train.encoded.targets[row] > 0]
+    usable = np.flatnonzero(train.encoded.targets > 0).tolist()
     if data.test is None:
-        kept, held = hold_out([train.categories[row] for row in usable], data.test_rows_per_category, config.seed)
+        categories = train.categories
+        kept, held = hold_out([categories[row] for row in usable], data.test_rows_per_category, config.seed)
         test = train.take([usable[row] for row in held])
         usable = [usable[row] for row in kept]
     else:

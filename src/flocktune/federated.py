@@ -6,9 +6,11 @@ of one file per client (allocation ``natural``) holds for it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
 from flocktune.errors import Problem, UserError
-from flocktune.files import sha256_bytes
+from flocktune.files import read_json, sha256_bytes
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
 from flocktune.resident import Instructions, load_base, load_instructions
@@ -45,6 +47,12 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     if not isinstance(config.allocation, Natural):
         fix = "Owners hold what they hold: allocation={kind: natural}"
         problems.append(Problem("allocation.kind", "natural in a federation", config.allocation.kind, fix))
+    elif config.allocation.min_rows > 1:
+        fix = "Each owner says it in the own policy: min_rows."
+        problems.append(Problem("allocation.min_rows", "1 in a federation", str(config.allocation.min_rows), fix))
+    if config.model.trust_remote_code:
+        fix = "Owners run no code that is not in their own flocktune."
+        problems.append(Problem("model.trust_remote_code", "false in a federation", "true", fix))
     if config.data.test is None and config.data.test_rows_per_category:
         fix = "Set data.test to rows of your own, or data.test_rows_per_category=0 for a run without evaluation."
         got = f"{config.data.test_rows_per_category} rows of each category of owners' data"
@@ -93,6 +101,7 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
     memory between calls. Raises UserError.
     """
     if emulator is not None:
+        refuse_code(emulator.folder)
         config = replace(config, model=replace(config.model, path=str(emulator.folder)))
     own = replace(config, data=replace(config.data, train=data, test=None))
     train = load_instructions(data, own.data, own.model)
@@ -122,14 +131,51 @@ def bundle_tensors(bundle: Bundle) -> Tensors:
 
 
 def write_bundle_tensors(tensors: Tensors, folder: Path) -> None:
-    """The inverse of :func:`bundle_tensors`, into a new folder. Raises UserError for a name that is no file's."""
+    """The inverse of :func:`bundle_tensors`, into a new folder.
+
+    Raises UserError for files other than those that the manifest lists: the digest would not know of them.
+    """
+    listed = _listed(tensors.get(MANIFEST))
+    for name, value in tensors.items():
+        plain = name == Path(name).name and not name.startswith(".")
+        if not plain or value.dtype != torch.uint8 or value.dim() != 1 or name not in listed:
+            raise _not_to_be_used("files that its manifest lists", f"{name[:100]!r}")
     folder.mkdir(parents=True)
-    for name, value in _named_files(tensors):
+    for name, value in tensors.items():
         value.numpy().tofile(folder / name)
 
 
-def _named_files(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in tensors.items():
-        if name != Path(name).name or name.startswith(".") or value.dtype != torch.uint8:
-            raise UserError(Problem("emulator", "files of a bundle", f"{name[:100]!r}", "Do not use this emulator."))
-        yield name, value
+def _listed(manifest: torch.Tensor | None) -> set[str]:
+    try:
+        return {MANIFEST, *json.loads((torch.empty(0) if manifest is None else manifest).numpy().tobytes())["files"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _not_to_be_used(f"a manifest, {MANIFEST}", "none that can be read") from None
+
+
+CODE = ("auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels")
+"""Settings of a config.json by which transformers runs what is not its own, such as a kernel of the hub."""
+
+CODE_FILES = ("adapter_config.json", "custom_generate", "*.py")
+"""What transformers takes from other places, or runs."""
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise UserError for a model folder of another's that wants more than its own weights and transformers' code."""
+    for pattern in CODE_FILES:
+        if any(folder.glob(pattern)):
+            raise _not_to_be_used(f"an emulator without {pattern}", "one with it")
+    for path in sorted(folder.glob("*config.json")):
+        found = sorted(set(_keys(read_json(path))) & {*CODE, *(f"_{key}" for key in CODE)})
+        if found:
+            raise _not_to_be_used(f"a {path.name} without {found[0]}", "one with it")
+
+
+def _keys(tree: Any) -> Iterator[str]:
+    """All keys, at any depth."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield str(key)
+        yield from _keys(value)
+
+
+def _not_to_be_used(expected: str, got: str) -> UserError:
+    return UserError(Problem("emulator", expected, got, "Do not use this emulator."))

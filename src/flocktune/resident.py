@@ -45,7 +45,7 @@ class Instructions:
 
     @property
     def categories(self) -> list[str]:
-        """The category of every row."""
+        """The category of every row; a new list each time."""
         return [example.category for example in self.examples]
 
     def take(self, rows: Sequence[int]) -> Instructions:
@@ -80,6 +80,7 @@ def _load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
     tokenizer = load_tokenizer(model)
     where = pick_device(device)
     network = load_model(model, where)
+    _LOG.info("loaded %s on %s", model.path, where)
     return Base(network, tokenizer, attach(network, lora, seed=0), where, pad_id(tokenizer))
 
 

@@ -31,6 +31,9 @@ _DTYPES = {
 }
 """How a header calls them."""
 
+_NOT_OURS = (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+"""What reading a stranger's bytes raises."""
+
 
 def encode_task(task: ClientTask) -> bytes:
     """A task as bytes."""
@@ -59,7 +62,7 @@ def task_fields(task: ClientTask) -> dict[str, Any]:
 
 def build_task(fields: Mapping[str, Any], tensors: Tensors) -> ClientTask:
     """The task of :func:`task_fields` and its tensors. Raises UpdateRefused."""
-    return _build(ClientTask, tensors=tensors, **fields)
+    return _build(ClientTask, fields, tensors=tensors)
 
 
 def update_fields(update: Update) -> dict[str, Any]:
@@ -75,9 +78,10 @@ def build_update(fields: Mapping[str, Any], tensors: Tensors) -> Update:
         metrics = {name: Mean(float(total), float(count)) for name, (total, count) in plain.pop("metrics").items()}
         if not isinstance(plain.get("weight"), int | float) or not isinstance(plain.get("clients"), int):
             raise ValueError("a weight or a number of clients that is no number")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        plain["weight"] = float(plain["weight"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UpdateRefused(f"message: expected metrics as name -> [total, count], got {error!r}") from None
-    return _build(Update, delta=tensors, metrics=metrics, **plain)
+    return _build(Update, plain, delta=tensors, metrics=metrics)
 
 
 def encode_tensors(tensors: Tensors) -> bytes:
@@ -93,6 +97,8 @@ def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
     """
     try:
         (length,) = struct.unpack_from("<Q", blob)
+        if expected is not None and length > _longest_header(expected):
+            raise ValueError(f"a header of {length} bytes")
         header = json.loads(blob[8 : 8 + length])
         metadata = header.pop("__metadata__")
         if metadata.get("format") != FORMAT:
@@ -100,8 +106,13 @@ def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
         if expected is not None:
             _refuse_header(header, expected)
         return load(blob)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*_NOT_OURS, AttributeError) as error:
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
+
+
+def _longest_header(expected: Tensors) -> int:
+    """Bytes that a header for ``expected`` may have. A longer one is not parsed: that takes many times its size."""
+    return 2 * _layout(expected)[0] + 65_536
 
 
 def _refuse_header(header: Mapping[str, Any], expected: Tensors) -> None:
@@ -125,6 +136,11 @@ def encoded_size(tensors: Tensors) -> int:
 
     The JSON fields of a message (some hundred bytes) are not in it.
     """
+    return sum(_layout(tensors))
+
+
+def _layout(tensors: Tensors) -> tuple[int, int]:
+    """Bytes of safetensors' header, with what precedes it, and of the body."""
     header, offset = {}, 0
     # safetensors' own order: larger items first, then by name; it decides how many digits the offsets have.
     for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -132,7 +148,7 @@ def encoded_size(tensors: Tensors) -> int:
         header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, end]}
         offset = end
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + (text + 7) // 8 * 8 + offset
+    return 8 + (text + 7) // 8 * 8, offset
 
 
 def _encode(kind: str, fields: dict[str, Any], tensors: Tensors) -> bytes:
@@ -146,15 +162,15 @@ def _decode(kind: str, blob: bytes) -> tuple[dict[str, Any], Tensors]:
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         fields = json.loads(metadata["fields"])
         tensors = load(blob)
-    except (struct.error, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _NOT_OURS as error:
         raise UpdateRefused(f"message: expected a flocktune {kind}, got bytes that do not decode ({error})") from None
     if metadata.get("format") != FORMAT or metadata.get("kind") != kind or not isinstance(fields, dict):
         raise UpdateRefused(f"message: expected {FORMAT} {kind}, got {metadata.get('format')} {metadata.get('kind')}")
     return fields, tensors
 
 
-def _build(message: type, /, **fields: Any) -> Any:
+def _build(message: type, fields: Mapping[str, Any], **more: Any) -> Any:
     try:
-        return message(**fields)
+        return message(**fields, **more)
     except TypeError as error:
         raise UpdateRefused(f"message: expected the fields of {message.__name__}, got {error}") from None

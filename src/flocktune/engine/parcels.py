@@ -28,6 +28,9 @@ FORMAT = "flocktune-parcel/1"
 FIELDS_LIMIT = 1_000_000
 """The most characters that a parcel's fields may have."""
 
+REASON_LIMIT = 2000
+"""The most characters of a reason that are kept."""
+
 
 @dataclass(frozen=True)
 class Parcel:
@@ -75,8 +78,15 @@ def from_text(text: str, blob: bytes) -> Parcel:
         parcel = Parcel(said["kind"], said["fields"], blob)
         if not isinstance(parcel.kind, str) or not isinstance(parcel.fields, dict):
             raise ValueError("no kind, or no fields")
+        text.encode()
+        json.dumps(parcel.fields, ensure_ascii=False).encode()  # half a character can be written to no file
         if said["sha256"] != parcel.sha256:
             raise ValueError("a digest that is not that of its tensors")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpdateRefused(f"message: expected {FORMAT}, got bytes that do not decode ({error})") from None
     return parcel
+
+
+def shown(reason: str) -> str:
+    """A stranger's words, fit for a file and a terminal: printable characters, and not too many of them."""
+    return "".join(letter if letter.isprintable() else " " for letter in reason[:REASON_LIMIT])

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,9 @@ _LOG = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster that is started here, for tensors on their way; what does not fit goes through the disk."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""How long a cluster's address may take to answer."""
 
 TASKS_A_WORKER = 2
 """One at work and one that waits for it, so that no worker stands still while replies are summed up."""
@@ -318,8 +322,11 @@ def _connect(ray: Any, address: str | None) -> None:
         if address is None:
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
+            host, _, port = address.rpartition(":")
+            if port.isdigit():  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         fix = "Start one with: ray start --head, or leave engine.address out to start one on this machine."
         got = f"{address or 'none'}: {' '.join(str(error).split())[:300]}"
         raise UserError(Problem("engine.address", "a Ray cluster that runs", got, fix)) from None

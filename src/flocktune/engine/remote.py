@@ -13,15 +13,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from flocktune.config.engines import FlowerEngine
-from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel
+from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel, shown
+from flocktune.engine.rounds import check_update
 from flocktune.errors import UpdateRefused
 from flocktune.interfaces import Issued, Memory
 from flocktune.types import ClientTask, Failure, Tensors, Update
-from flocktune.wire import build_update, decode_tensors, encode_tensors, encoded_size, task_fields
+from flocktune.wire import build_update, decode_tensors, encode_tensors, task_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,12 +98,14 @@ class Remote:
     def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
         """Replies as they come, each with its task."""
         with tempfile.TemporaryDirectory(prefix="flocktune-inbox-") as inbox:
-            exchange, tasks = _Exchange(self, Path(inbox)), {}
+            exchange, tasks = _Exchange(self, Path(inbox)), dict[str, ClientTask]()
             while True:
-                while (issued := issue()) is not None:
-                    tasks[exchange.give(issued.task)] = issued.task
+                given = {exchange.give(issued.task): issued.task for issued in iter(issue, None)}
+                tasks |= given
                 if not tasks:
                     return
+                if given:  # at once: with replies at hand it may be long until the next is wanted
+                    exchange.look()
                 while not exchange.settled:
                     exchange.advance()
                 client = next(iter(exchange.settled))
@@ -118,6 +122,7 @@ class _Open:
     nonce: str = ""
     asked: str = ""
     sent: int = 0
+    task_bytes: int = 0
     emulator_sent: bool = False
     delivering: bool = False
 
@@ -133,7 +138,9 @@ class _Exchange:
         self._last: tuple[Tensors, bytes] | None = None
 
     def give(self, task: ClientTask) -> str:
-        """Take a task on; it is sent by :meth:`advance`. A client has one task at a time."""
+        """Take a task on; it is sent by :meth:`look`. Raises ValueError for a client that has one already."""
+        if task.client in self.open or task.client in self.settled:
+            raise ValueError(f"expected one task at a time for a client, got two for {task.client}")
         now = self.remote.clock()
         self.open[task.client] = _Open(task, now, now)
         return task.client
@@ -148,23 +155,30 @@ class _Exchange:
             self._fail(client, reason)
 
     def advance(self, next_in_order: str = "") -> None:
-        """One look at the link: send, receive, leave out who is late. Waits a moment when nothing has come."""
+        """:meth:`look`, and wait a moment when nothing has come."""
         before = len(self.settled)
+        self.look(next_in_order)
+        if len(self.settled) == before and self.open:
+            self.remote.pause(POLL_S)
+
+    def look(self, next_in_order: str = "") -> None:
+        """One look at the link: send, receive, leave out who is late."""
         try:
             self._send()
             self._receive(next_in_order)
         except LinkDown as down:
             _LOG.debug("the link is down: %s", down)
+            for item in self.open.values():  # who is absent is not known, and clients need a while to come back
+                item.absent_since_s = self.remote.clock()
         self._leave_out_the_late()
-        if len(self.settled) == before and self.open:
-            self.remote.pause(POLL_S)
 
     def _send(self) -> None:
         unsent = {client: item for client, item in self.open.items() if not item.asked}
         if not unsent:
             return
         here = self.remote.link.connected() & unsent.keys()
-        parcels = {client: self._parcel(unsent[client]) for client in unsent if client in here}
+        emulator = cache(self._encoded_emulator)
+        parcels = {client: self._parcel(unsent[client], emulator) for client in unsent if client in here}
         if not parcels:
             return
         for client, asked in self.remote.link.send(parcels, self.remote.settings.deadline_s).items():
@@ -173,14 +187,20 @@ class _Exchange:
             item.sent += 1
             self._note("sent", item, kind=parcel.kind, sha256=parcel.sha256, bytes=len(parcel.blob))
 
-    def _parcel(self, item: _Open) -> Parcel:
+    def _parcel(self, item: _Open, emulator: Callable[[], bytes]) -> Parcel:
         """The task, or the emulator when that is lacking. Every parcel has a nonce of its own."""
         common, task, item.nonce = self.remote.common, item.task, secrets.token_hex(16)
         named = {"run": common.run, "nonce": item.nonce, "round": task.round, "client": task.client}
-        if item.delivering and common.emulator:
-            return Parcel(EMULATOR, {**named, "digest": task.model_digest}, encode_tensors(common.emulator()))
-        fields = {**named, "task": task_fields(task), "recipe": common.recipe}
-        return Parcel(TASK, fields, self._encoded(task.tensors))
+        if item.delivering:
+            return Parcel(EMULATOR, {**named, "digest": task.model_digest}, emulator())
+        blob = self._encoded(task.tensors)
+        item.task_bytes = len(blob)
+        return Parcel(TASK, {**named, "task": task_fields(task), "recipe": common.recipe}, blob)
+
+    def _encoded_emulator(self) -> bytes:
+        """All that lack it are sent the same bytes, which are not kept."""
+        assert self.remote.common.emulator is not None
+        return encode_tensors(self.remote.common.emulator())
 
     def _encoded(self, tensors: Tensors) -> bytes:
         """The clients of a round receive the same tensors: they are encoded once."""
@@ -192,15 +212,15 @@ class _Exchange:
         asked = {client: item.asked for client, item in self.open.items() if item.asked}
         if not asked:
             return
-        largest = max(encoded_size(self.open[client].task.tensors) for client in asked)
+        largest = max(self.open[client].task_bytes for client in asked)
         for client, reply in self.remote.link.receive(asked, largest + FIELDS_ROOM):
             item = self.open.get(client)
-            if item is None:
-                continue
+            if item is None or not item.asked:
+                continue  # it came twice
             try:
                 self._settle(client, item, reply, spool=client != next_in_order)
             except UpdateRefused as refusal:
-                self._note("refused", item, reason=str(refusal))
+                self._note("refused", item, reason=shown(str(refusal)))
                 self._fail(client, str(refusal))
 
     def _settle(self, client: str, item: _Open, reply: Parcel | Lost, spool: bool) -> None:
@@ -221,7 +241,7 @@ class _Exchange:
                 expected = self.remote.common.returned(item.task.tensors)
                 self._keep(client, reply, expected, spool)
             case "failure":
-                self._fail(client, str(reply.fields.get("reason", "no reason given"))[:2000])
+                self._fail(client, str(reply.fields.get("reason", "no reason given")))
             case "lacking":
                 self._deliver_emulator(client, item)
             case "ready" if item.delivering:
@@ -230,11 +250,15 @@ class _Exchange:
                 raise UpdateRefused(f"expected {UPDATE}, {FAILURE}, {LACKING} or {READY}, got {other[:60]!r}")
 
     def _keep(self, client: str, reply: Parcel, expected: Tensors, spool: bool) -> None:
-        """Settle with an update, in memory when it is next in order, else on disk until its turn."""
+        """Settle with an update, in memory when it is next in order, else on disk until its turn.
+
+        It is checked here as well: one that the loop would leave out must not count among those that a round wants.
+        """
         fields = reply.fields.get("update")
         if not isinstance(fields, dict):
             raise UpdateRefused("message: expected an update's fields, got none")
         update = build_update(fields, decode_tensors(reply.blob, expected))
+        check_update(expected, update)
         self.updates += 1
         del self.open[client]
         if not spool:
@@ -242,7 +266,13 @@ class _Exchange:
             return
         path = self.inbox / str(self.updates)
         path.write_bytes(reply.blob)
-        self.settled[client] = lambda: build_update(fields, decode_tensors(path.read_bytes(), expected))
+
+        def read() -> Update:
+            blob = path.read_bytes()
+            path.unlink()
+            return build_update(fields, decode_tensors(blob, expected))
+
+        self.settled[client] = read
 
     def _deliver_emulator(self, client: str, item: _Open) -> None:
         common, limit = self.remote.common, self.remote.settings.emulator_mb * 1_000_000
@@ -262,7 +292,7 @@ class _Exchange:
                 self._fail(client, f"not connected for {settings.absent_s:g} s")
 
     def _fail(self, client: str, reason: str) -> None:
-        failure = Failure(client, reason)
+        failure = Failure(client, shown(reason))
         del self.open[client]
         self.settled[client] = lambda: failure
 

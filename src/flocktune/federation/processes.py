@@ -155,6 +155,8 @@ def _check_port(federation: Federation, name: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             fix = f"See who has it: ss -ltnp 'sport = :{port}'. End that, or make the federation with another port."
+            if isinstance(error, PermissionError):
+                fix = "A port below 1024 is for root, or for the systemd unit: start it so, or choose a higher port."
             raise UserError(Problem(f"port {port}", f"one that {name} can have", error.strerror or "", fix)) from None
 
 

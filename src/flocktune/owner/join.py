@@ -5,18 +5,21 @@ The process that talks to the network holds no model and no rows; its worker doe
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from flocktune.engine.flower.fleet import Fleet, NotAdmitted, Received
-from flocktune.engine.parcels import FAILURE, UPDATE, LinkDown, Parcel
+from flocktune.engine.parcels import FAILURE, LinkDown, Parcel
 from flocktune.enrolment import Invitation
 from flocktune.errors import FlocktuneError, UserError
 from flocktune.files import exclusive
 from flocktune.owner.home import Home
-from flocktune.owner.policy import MB, load_policy
-from flocktune.owner.worker import Settings, Worker, WorkerDied
+from flocktune.owner.policy import MB, Policy, load_policy
+from flocktune.owner.worker import Settings, Worker
+
+_LOG = logging.getLogger(__name__)
 
 BUSY_S, QUIET_S = 0.3, 3.0
 """Between two looks for a task: soon after one, and when there has been none for a while."""
@@ -77,13 +80,16 @@ class _Stay:
                 self._say_once(f"no connection ({down}); trying again")
             except FlocktuneError as error:
                 self._say_once(f"not connected: {error}; trying again")
+            except Exception as error:  # whatever a coordinator, or what stands between, sends: this one stays
+                _LOG.debug("not expected", exc_info=True)
+                self._say_once(f"not connected: {type(error).__name__}: {error}; trying again")
             self.stop.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_AGAIN_S)
 
     def _serve(self) -> None:
         quiet_s = 0.0
         while not self.stop.is_set():
-            received = self.fleet.receive(load_policy(self.home.policy).max_task_mb * MB)
+            received = self.fleet.receive(self._policy().max_task_mb * MB)
             if received is None:
                 pause_s = min(QUIET_S, BUSY_S + quiet_s / 10)
                 self.stop.wait(pause_s)
@@ -98,22 +104,25 @@ class _Stay:
             self.say(f"a message that is no task: {received.refusal}")
             return Parcel(FAILURE, {"reason": received.refusal})
         fields = received.parcel.fields
-        named = {key: fields.get(key) for key in ("run", "nonce", "round", "client")}
+        named = {
+            key: fields[key] for key in ("run", "nonce", "round", "client") if isinstance(fields.get(key), str | int)
+        }
         try:
-            reply = self.worker.ask(received.parcel, load_policy(self.home.policy).max_minutes * 60)
-        except (WorkerDied, UserError) as error:
+            reply = self.worker.ask(received.parcel, self._policy().max_minutes * 60, self.stop)
+        except FlocktuneError as error:
             self.say(f"{error}")
-            reason = str(error) if isinstance(error, WorkerDied) else "the owner's worker does not start"
+            reason = "the owner's worker does not start" if isinstance(error, UserError) else str(error)
             return Parcel(FAILURE, {**named, "reason": reason})
-        round_number = fields.get("round")
-        what = f"round {round_number + 1}" if isinstance(round_number, int) else "a task"
-        if reply.kind == UPDATE:
-            self.say(f"{what}: trained; {len(reply.blob):,} bytes leave")
-        elif reply.kind == FAILURE:
-            self.say(f"{what}: not done: {reply.fields.get('reason')}")
-        else:
-            self.say(f"{what}: {reply.kind}: the emulator")
+        self.say(f"{_what(fields.get('round'))}: {_outcome(reply)}")
         return reply
+
+    def _policy(self) -> Policy:
+        """What bounds a message and a task's time. Without a sound one the worker refuses every task."""
+        try:
+            return load_policy(self.home.policy)
+        except UserError as error:
+            self._say_once(f"every task is refused: {error}")
+            return Policy()
 
     def _send(self, received: Received, reply: Parcel) -> None:
         """Send a reply, through an outage if need be; one that is no longer wanted is dropped."""
@@ -134,3 +143,18 @@ class _Stay:
         if text != self._said:
             self.say(text)
         self._said = text
+
+
+def _what(round: object) -> str:
+    """As people count; what is no round is not repeated."""
+    return f"round {round + 1}" if type(round) is int and 0 <= round < 10**9 else "a task"
+
+
+def _outcome(reply: Parcel) -> str:
+    match reply.kind:
+        case "update":
+            return f"trained; {len(reply.blob):,} bytes leave"
+        case "failure":
+            return f"not done: {reply.fields.get('reason')}"
+        case other:
+            return f"{other}: the emulator"

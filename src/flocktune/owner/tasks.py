@@ -7,36 +7,63 @@ used; the base model, the emulator and the rows are those that the owner named.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flocktune.algorithms.local import steps_per_round
 from flocktune.audit import AuditLog, nonces, rounds_taken
 from flocktune.config.load import build_config, config_digest
-from flocktune.config.schema import EMBEDDED, ModelConfig, RunConfig, RuntimeConfig
+from flocktune.config.schema import EMBEDDED, CustomTemplate, LocalConfig, ModelConfig, RunConfig, RuntimeConfig
 from flocktune.data.encoding import default_cache_folder
 from flocktune.engine.client import answer
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, Parcel
 from flocktune.errors import FlocktuneError, UpdateRefused, UserError
-from flocktune.federated import OwnersSide, owners_side, write_bundle_tensors
+from flocktune.federated import KINDS, OwnersSide, owners_side, write_bundle_tensors
+from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle
 from flocktune.owner.home import AUDIT, POLICY
 from flocktune.owner.leaving import leaving
 from flocktune.owner.policy import GB, Asked, Policy, load_policy, refusals
 from flocktune.resident import base_digest
-from flocktune.types import ClientTask, Update
+from flocktune.training import NotFinite
+from flocktune.types import ClientTask, Failure, Update
 from flocktune.wire import build_task, decode_tensors, encode_tensors, update_fields
 
 _LOG = logging.getLogger(__name__)
 
+MOST_MICRO_BATCHES = 1_000_000
+"""Of one task. They are planned before the first one, so that many more would take all memory."""
+
+MOST_TEMPLATE_LETTERS = 10_000
+"""Of a prompt's template in a recipe: it is repeated for every row."""
+
+_LONGEST = 2000
+"""Letters of a reason."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+_sound_bundle = lru_cache(maxsize=2)(read_bundle)
+"""Once in a process, as the model that is loaded from it: it may be gigabytes."""
+
 
 class Refused(FlocktuneError):
-    """A task that this owner does not do; the message has every reason."""
+    """A task that this owner does not do; the message has every reason, and is told to the coordinator."""
+
+
+class Failed(FlocktuneError):
+    """Training that went wrong; ``told`` is what the coordinator hears, the message may hold a path or a row's text."""
+
+    def __init__(self, told: str, message: str) -> None:
+        self.told = told
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -57,24 +84,35 @@ class Owner:
         """Where every task, refusal and update is written down."""
         return AuditLog(self.home / AUDIT)
 
+    @cached_property
+    def _lacking(self) -> set[str]:
+        """The emulator that was asked for last."""
+        return set()
+
     def answer(self, parcel: Parcel) -> Parcel:
-        """The reply to a parcel. Never raises for what is wrong with it, or with the training; a full disk does."""
-        named = _named(parcel.fields)
-        self.audit.task_received(**_record(named), kind=parcel.kind[:60], bytes=len(parcel.blob))
+        """The reply to a parcel. Never raises, whatever is wrong with it, with the training, or with the disk."""
+        named: dict[str, Any] = {}
         try:
-            if named["client"] != self.client:
-                raise Refused(f"this is {self.client}, and the task is for {named['client']!r}")
-            match parcel.kind:
-                case "task":
-                    return self._do(parcel, named)
-                case "emulator":
-                    return self._receive_emulator(parcel, named)
-                case other:
-                    raise Refused(f"expected a parcel of kind {TASK} or {EMULATOR}, got {other[:60]!r}")
-        except (FlocktuneError, OSError) as error:
-            self.audit.task_refused(**_record(named), reasons=[str(error)])
-            _LOG.warning("round %s: not done: %s", named["round"] + 1, error)
+            named = _named(parcel.fields)
+            self.audit.task_received(**_record(named), kind=parcel.kind[:60], bytes=len(parcel.blob))
+            return self._reply(parcel, named)
+        except Exception as error:  # what a stranger sent must not end the process that holds the model
+            expected = isinstance(error, FlocktuneError | OSError)
+            _LOG.warning("round %s: not done: %s", named.get("round", "?"), error, exc_info=not expected)
+            with suppress(OSError):  # a full disk: nothing leaves but that it was not done
+                self.audit.task_refused(**_record(named), reasons=[str(error)])
             return Parcel(FAILURE, {**named, "reason": _told(error)})
+
+    def _reply(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
+        if named["client"] != self.client:
+            raise Refused(f"this is {self.client}, and the task is for {named['client']!r}")
+        match parcel.kind:
+            case "task":
+                return self._do(parcel, named)
+            case "emulator":
+                return self._receive_emulator(parcel, named)
+            case other:
+                raise Refused(f"expected a parcel of kind {TASK} or {EMULATOR}, got {other[:60]!r}")
 
     def _do(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
         policy = load_policy(self.home / POLICY)
@@ -82,18 +120,19 @@ class Owner:
         if named["nonce"] in nonces(self.home / AUDIT):
             raise Refused("this task was answered before: a replay")
         bundle = self._bundle(task) if config.method == "fedbiot" else None
-        asked = self._asked(config, task, len(parcel.blob), policy.min_rows, bundle)
+        rows = _rows_used(config.local, policy.min_rows)
+        asked = self._asked(config, task, len(parcel.blob), rows, bundle)
         self._refuse(policy, asked, named["run"])
         if config.method == "fedbiot" and bundle is None:
+            self._lacking.clear()
+            self._lacking.add(task.model_digest)
             return Parcel(LACKING, {**named, "digest": task.model_digest})
         self._limit(policy)
         side = self._side(config, policy, bundle)
-        self._refuse(policy, replace(asked, rows=side.rows), named["run"])
+        self._refuse(policy, replace(asked, rows=_rows_used(config.local, side.rows)), named["run"])
+        _refuse_endless(config.local, side.rows)
         task = replace(task, tensors=decode_tensors(parcel.blob, side.expected))
-        reply, _ = answer(task, side.half, {})
-        if not isinstance(reply, Update):
-            raise Refused(reply.reason)
-        return self._let_out(leaving(policy, reply), named)
+        return self._let_out(leaving(policy, _trained(task, side.half)), named)
 
     def _let_out(self, update: Update, named: Mapping[str, Any]) -> Parcel:
         """The update as a parcel; it is in the audit log, on disk, before it is handed on."""
@@ -150,22 +189,46 @@ class Owner:
             raise Refused("; ".join(reasons))
 
     def _bundle(self, task: ClientTask) -> Bundle | None:
-        """The emulator that was named, or the one that was received before; None when there is none yet."""
+        """The emulator that was named, or the one that was received before; None when there is no sound one yet."""
         if self.emulator is not None:
-            return read_bundle(Path(self.emulator))
+            return _sound_bundle(Path(self.emulator))
+        _refuse_digest(task.model_digest)
         folder = bundle_folder(default_cache_folder(), task.model_digest)
-        return read_bundle(folder, digest=task.model_digest) if folder.exists() else None
+        if not folder.exists():
+            return None
+        try:
+            return _sound_bundle(folder, digest=task.model_digest)
+        except UserError as error:
+            _LOG.warning("the emulator in the cache is damaged and is asked for again: %s", error)
+            return None
 
     def _receive_emulator(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
         """Keep an emulator under its digest; what has another one is thrown away."""
         policy, digest = load_policy(self.home / POLICY), parcel.fields.get("digest")
-        if not isinstance(digest, str) or not digest.isalnum() or self.emulator is not None:
+        _refuse_digest(digest)
+        if self.emulator is not None or digest not in self._lacking:
             raise Refused("no emulator was asked for")
-        if policy.models and digest not in policy.models:
-            raise Refused(f"policy: models: expected a model that is listed here, got digest {digest[:12]}...")
+        asked = Asked(
+            method="fedbiot",
+            model_digest=digest,
+            allowed_digests=frozenset({digest}),
+            rank=1,
+            round=named["round"],
+            kind=KINDS["fedbiot"],
+            trust_remote_code=False,
+            task_bytes=len(parcel.blob),
+            rows=policy.min_rows,
+        )
+        self._refuse(policy, asked, named["run"])
         files = decode_tensors(parcel.blob)
         receive_bundle(digest, lambda folder: write_bundle_tensors(files, folder), default_cache_folder())
+        self._lacking.clear()
         return Parcel(READY, named)
+
+
+_NAMED = {"run": str, "nonce": str, "round": int, "client": str}
+_TASK = {"round": int, "client": str, "kind": str, "seed": int, "config_digest": str, "model_digest": str}
+"""Fields and their types."""
 
 
 def _read(parcel: Parcel) -> tuple[RunConfig, ClientTask]:
@@ -173,26 +236,82 @@ def _read(parcel: Parcel) -> tuple[RunConfig, ClientTask]:
     recipe, fields = parcel.fields.get("recipe"), parcel.fields.get("task")
     if not isinstance(recipe, dict) or not isinstance(fields, dict):
         raise Refused("expected a recipe and a task, got none")
-    config, task = build_config(recipe), build_task(fields, {})
+    if set(fields) != set(_TASK) or not _typed(fields, _TASK):
+        raise Refused(f"expected a task of {', '.join(_TASK)}, got something else")
+    try:
+        config = build_config(recipe)
+    except UserError as error:  # it quotes the recipe alone
+        raise Refused(f"a recipe that can not be read: {error}") from None
+    task = build_task(fields, {})
     if task.round != parcel.fields["round"] or task.client != parcel.fields["client"]:
         raise Refused("the task and its parcel disagree about the round or the client")
     if config_digest(config) != task.config_digest:
         raise Refused("the recipe is not the one that the task is for; are both sides' flocktune of one version?")
     if not task.round < config.rounds:
         raise Refused(f"expected a round below the recipe's {config.rounds}, got {task.round}")
+    template = config.data.template
+    if isinstance(template, CustomTemplate):
+        letters = len(template.with_context) + len(template.without_context)
+        if letters > MOST_TEMPLATE_LETTERS:
+            raise Refused(f"data.template: expected at most {MOST_TEMPLATE_LETTERS} letters, got {letters}")
     return config, task
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What every reply repeats. Raises UpdateRefused when it is not there."""
-    wanted = {"run": str, "nonce": str, "round": int, "client": str}
-    if any(type(fields.get(key)) is not kind for key, kind in wanted.items()) or len(str(fields["nonce"])) > 200:
-        raise UpdateRefused(f"message: expected {', '.join(wanted)}, got something else")
-    return {key: fields[key] for key in wanted}
+    """What every reply repeats. Raises UpdateRefused when it is not there, or no name."""
+    named = {key: fields.get(key) for key in _NAMED}
+    if not _typed(named, _NAMED):
+        raise UpdateRefused(f"message: expected {', '.join(_NAMED)}, got something else")
+    return named
+
+
+def _typed(fields: Mapping[str, Any], types: Mapping[str, type]) -> bool:
+    """Whether every field has its type, no bool for an int, and no more than a name or a number needs."""
+    return all(
+        type(fields[key]) is kind and (len(fields[key]) <= 200 if kind is str else abs(fields[key]) < 2**64)
+        for key, kind in types.items()
+    )
 
 
 def _record(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {"run": named["run"][:200], "round": named["round"], "nonce": named["nonce"]}
+    """Of a parcel that names nothing: round -1."""
+    return {"run": named.get("run", ""), "round": named.get("round", -1), "nonce": named.get("nonce", "")}
+
+
+def _refuse_digest(digest: object) -> None:
+    """Raise Refused for what is no digest: it becomes a folder's name."""
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise Refused("expected an emulator's digest, 64 hexadecimal digits, got something else")
+
+
+def _rows_used(local: LocalConfig, rows: int) -> int:
+    """Rows that can have a part in the update: a few steps see only a few, however many there are."""
+    return rows if local.steps is None else min(rows, local.steps * local.accumulate * local.batch_size)
+
+
+def _refuse_endless(local: LocalConfig, rows: int) -> None:
+    micro_batches = steps_per_round(local, rows) * local.accumulate
+    if micro_batches > MOST_MICRO_BATCHES:
+        raise Refused(f"local: expected at most {MOST_MICRO_BATCHES:,} micro-batches in a task, got {micro_batches:,}")
+
+
+def _trained(task: ClientTask, half: ClientHalf) -> Update:
+    """Raises Refused when training diverged, which only numbers tell of, and Failed for all else."""
+    raised: list[Exception] = []
+
+    def kept(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        try:
+            return half(task, memory)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    reply, _ = answer(task, kept, {})
+    if isinstance(reply, Failure):
+        if isinstance(raised[0], NotFinite):
+            raise Refused(reply.reason)
+        raise Failed(f"{type(raised[0]).__name__} while training; the owner's own log says more", reply.reason)
+    return reply
 
 
 def _told(error: Exception) -> str:
@@ -200,9 +319,10 @@ def _told(error: Exception) -> str:
 
     Our own refusals are about the task; problems of files, and what torch or a library said, stay in the owner's log.
     """
-    name = str(error).partition(":")[0]
-    if isinstance(error, OSError | UserError):
-        return "the owner's side has a problem with its files or settings; its own log says which"
-    if name.isidentifier() and name.endswith(("Error", "Exception", "Interrupt")):
-        return f"{name} while training; the owner's own log says more"
-    return str(error)
+    match error:
+        case Refused() | UpdateRefused():
+            return str(error)[:_LONGEST]
+        case Failed():
+            return error.told
+        case _:
+            return "the owner's side has a problem with its files or settings; its own log says which"

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,9 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from flocktune.engine.parcels import FAILURE, Parcel, from_text, to_text
-from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.errors import FlocktuneError, Problem, UpdateRefused, UserError
+from flocktune.owner.home import POLICY
+from flocktune.owner.policy import load_policy
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +38,15 @@ IDLE_S = 900.0
 
 START_S = 60.0
 """So long may a new worker take to listen: it imports nothing large before."""
+
+HELLO_S = 180.0
+"""So long may it take to say hello: it imports torch before. Longer is at a task that nobody waits for any more."""
+
+GRACE_S = 30
+"""A worker whose network side was killed ends itself so long after the time that a task may take."""
+
+_LOOK_S = 0.2
+"""Between two looks whether to stop."""
 
 _SOCKET_PATH_BYTES = 100
 """Unix sockets' paths may have 107 bytes."""
@@ -79,19 +91,34 @@ class Worker:
         self._connection: Connection | None = None
         self.process_id = 0
 
-    def ask(self, parcel: Parcel, timeout_s: float) -> Parcel:
-        """The worker's reply. One that takes longer than ``timeout_s`` is killed. Raises WorkerDied, UserError."""
+    def ask(self, parcel: Parcel, timeout_s: float, stop: threading.Event | None = None) -> Parcel:
+        """The worker's reply. One that takes longer than ``timeout_s`` is killed, and one at work when ``stop`` is set.
+
+        Raises WorkerDied, UserError, UpdateRefused for fields that can not be sent on.
+        """
+        try:
+            text = to_text(parcel).encode()
+        except (ValueError, RecursionError) as error:
+            raise UpdateRefused(f"message: expected plain fields, got others ({error})") from None
         connection = self._connected()
         try:
-            connection.send_bytes(to_text(parcel).encode())
+            connection.send_bytes(text)
             connection.send_bytes(parcel.blob)
-            if not connection.poll(timeout_s):
-                self.kill()
-                raise WorkerDied(f"took longer than {timeout_s / 60:g} minutes, and was stopped")
+            self._await(connection, timeout_s, stop or threading.Event())
             return _receive(connection)
         except (EOFError, OSError) as error:
             self._forget()
             raise WorkerDied(f"the worker ended in the middle of a task ({type(error).__name__})") from None
+
+    def _await(self, connection: Connection, timeout_s: float, stop: threading.Event) -> None:
+        until = time.monotonic() + timeout_s
+        while not connection.poll(min(_LOOK_S, max(0.0, until - time.monotonic()))):
+            if stop.is_set():
+                self.kill()
+                raise WorkerDied("was stopped in the middle of a task")
+            if time.monotonic() >= until:
+                self.kill()
+                raise WorkerDied(f"took longer than {timeout_s / 60:g} minutes, and was stopped")
 
     def kill(self) -> None:
         """End it now; nothing is lost but what it was at."""
@@ -115,17 +142,22 @@ class Worker:
         return self._connection
 
     def _greet(self) -> Connection | None:
-        """Connect to a worker that is there. One for other settings is stopped."""
+        """Connect to a worker that is there. One for other settings is stopped, and one that does not get to it."""
         try:
             connection = Client(str(self.settings.socket), "AF_UNIX")
-            told = json.loads(connection.recv_bytes(10_000))
-        except (OSError, EOFError, ValueError):
+        except OSError:
             return None
-        self.process_id = int(told["process"])
-        if told["settings"] == self.settings.digest:
-            return connection
+        try:
+            if connection.poll(HELLO_S):
+                told = json.loads(connection.recv_bytes(10_000))
+                if told["settings"] == self.settings.digest:
+                    self.process_id = int(told["process"])
+                    return connection
+            process_id, _ = _peer(connection)
+            os.kill(process_id, signal.SIGKILL)
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
+            pass
         connection.close()
-        self.kill()
         return None
 
     def _start(self) -> Connection:
@@ -163,7 +195,7 @@ def serve(settings: Settings, idle_s: float) -> None:
         with suppress(TimeoutError):
             while True:
                 accepted, _ = listener.accept()
-                if _peer(accepted) != os.getuid():
+                if _peer(accepted)[1] != os.getuid():
                     accepted.close()
                     continue
                 with Connection(accepted.detach()) as connection, suppress(EOFError, ConnectionError):
@@ -178,10 +210,23 @@ def serve(settings: Settings, idle_s: float) -> None:
 
 def _reply(owner, connection: Connection) -> Parcel:  # type: ignore[no-untyped-def]
     try:
-        return owner.answer(_receive(connection))
+        parcel = _receive(connection)
     except FlocktuneError as error:  # nothing that could be answered: not even whose task it is
         _LOG.warning("%s", error)
         return Parcel(FAILURE, {"reason": str(error)})
+    with _limited(owner.home):
+        return owner.answer(parcel)
+
+
+@contextmanager
+def _limited(home: Path) -> Iterator[None]:
+    """Inside, this process ends when its time is over, also when nobody is left to see to it."""
+    with suppress(UserError):  # without a policy no task is done
+        signal.setitimer(signal.ITIMER_REAL, load_policy(home / POLICY).max_minutes * 60 + GRACE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _receive(connection: Connection) -> Parcel:
@@ -206,10 +251,12 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
-def _peer(connection: socket.socket) -> int:
-    """The user at the other end."""
+def _peer(connection: socket.socket | Connection) -> tuple[int, int]:
+    """Process and user at the other end."""
     form = "3i"  # process, user, group
-    return struct.unpack(form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form)))[1]
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        told = struct.unpack(form, same.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form)))
+    return told[0], told[1]
 
 
 def main() -> None:

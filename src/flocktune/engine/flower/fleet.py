@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -19,11 +22,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
@@ -31,9 +36,9 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from flocktune.engine.flower.messages import content_of, parcel_of
 from flocktune.engine.flower.objects import Arriving
@@ -52,11 +57,25 @@ GIVEN_UP_S = 1.5
 PATIENCE_S = 600.0
 """How long the rest of a message is waited for."""
 
+CORRECTED_S = 300.0
+"""A clock that is wrong by at most so much is made up for: Flower refuses one that is 5 s ahead."""
+
 _UNAVAILABLE = (502, 503, 504)
+_SAME_CLOCK_S = 3.0
+"""A response says its time in whole seconds, and was on its way for a moment."""
 
 
 class NotAdmitted(FlocktuneError):
-    """The coordinator knows no such key, or does not accept its signature (a clock that is wrong)."""
+    """The coordinator knows no such key, or does not accept its signature.
+
+    ``ahead_s``: by how many seconds this machine's clock is ahead of the coordinator's.
+    """
+
+    def __init__(self, ahead_s: float, said: str) -> None:
+        self.ahead_s = ahead_s
+        way = "ahead of" if ahead_s > 0 else "behind"
+        wrong = f"this machine's clock is {abs(ahead_s):,.0f} s {way} the coordinator's: set it; "
+        super().__init__(f"{wrong if abs(ahead_s) > CORRECTED_S else ''}{said}")
 
 
 @dataclass(frozen=True)
@@ -79,15 +98,13 @@ class Fleet:
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise FlocktuneError(f"{key}: expected an elliptic curve key, got another kind")
         self._public = public_key_to_bytes(private.public_key())
+        self._signed = _Signed(private, self._public)
         # A context of the federation's own CA alone: no public authority can vouch for another server.
         self._client = FleetHttpClient.from_server_address(
             f"{host}:{port}",
             insecure=False,
             root_certificates=ca.read_bytes(),
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(private, private.public_key()),
-            ],
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signed],
         )
         self._known, self._stop = known, stop
         self._node = Node()
@@ -97,9 +114,7 @@ class Fleet:
     def connected(self) -> Iterator[None]:
         """Be there for the coordinator, with heartbeats, until the block ends."""
         self._leave_before()
-        with _errors_said():
-            request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_S)
-            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        self._node = Node(node_id=self._activated())
         write_atomic(self._known, str(self._node.node_id))
         self._forgotten, ended = False, threading.Event()
         beats = threading.Thread(target=self._beat, args=(ended,), name="heartbeat", daemon=True)
@@ -110,6 +125,20 @@ class Fleet:
             ended.set()
             beats.join()
             self._deactivate(self._node.node_id)
+
+    def _activated(self) -> int:
+        """The node id; by the coordinator's clock when ours was refused."""
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_S)
+        try:
+            with _errors_said():
+                return int(self._client.ActivateNode(request).node_id)
+        except NotAdmitted as refusal:
+            error_s = abs(refusal.ahead_s - self._signed.ahead_s)
+            if error_s < _SAME_CLOCK_S or abs(refusal.ahead_s) > CORRECTED_S:
+                raise
+            self._signed.ahead_s = refusal.ahead_s
+        with _errors_said():
+            return int(self._client.ActivateNode(request).node_id)
 
     def _leave_before(self) -> None:
         """Take leave for a process of this client that was killed, so that its task is given up, or given out anew.
@@ -194,6 +223,31 @@ class Fleet:
                 raise FlocktuneError(f"the coordinator no longer takes this reply: {error}") from None
 
 
+@dataclass
+class _Signed:
+    """Flower's signature on every request, which is of the time: the coordinator's, as far as it is known."""
+
+    private: ec.EllipticCurvePrivateKey
+    public: bytes
+    ahead_s: float = 0.0
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        moment = (datetime.now(UTC) - timedelta(seconds=self.ahead_s)).isoformat()
+        signature = sign_message(self.private, moment.encode("ascii"))
+        context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self.public).decode("ascii")
+        context.request.headers[TIMESTAMP_HEADER] = moment
+        context.request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode("ascii")
+        return call_next(context)
+
+
+def _ahead_s(response: httpx.Response) -> float:
+    """By how much this clock is ahead of the one that a response's Date is from; 0 when it says none."""
+    try:
+        return time.time() - parsedate_to_datetime(response.headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return 0.0
+
+
 @contextmanager
 def _errors_said() -> Iterator[None]:
     """HTTP's errors as ours."""
@@ -206,5 +260,5 @@ def _errors_said() -> Iterator[None]:
         if code in _UNAVAILABLE:
             raise LinkDown(f"HTTP {code}") from None
         if code == 401:
-            raise NotAdmitted(f"HTTP 401: {text}") from None
+            raise NotAdmitted(_ahead_s(error.response), f"HTTP 401: {text}") from None
         raise FlocktuneError(f"the coordinator said: HTTP {code}: {text}") from None

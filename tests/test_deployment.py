@@ -1,0 +1,143 @@
+"""A real federation from init to down: nginx, SuperLink, SuperExec and owners who join, and the bits of one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import World
+from flocktune import audit
+from flocktune.federation.services import belonging, find_nginx
+from flocktune.files import read_json
+from real_federation import (
+    Deployed,
+    audit_of,
+    coordinator,
+    owner_of,
+    processes_with,
+    verb,
+    wait_until,
+    write_world,
+)
+
+pytestmark = pytest.mark.needs_nginx
+
+NAMES = ("ada", "bela", "carl")
+FEDBIOT = (
+    "method=fedbiot",
+    "name=biot",
+    "emulator={adapter_layers: 1, drop: 0.0}",
+    "alignment={first_steps: 3, steps: 1, batch_size: 2, fidelity_rows: 3}",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nginx() -> None:
+    if find_nginx() is not None:
+        return
+    if os.environ.get("FLOCKTUNE_WITHOUT_NGINX") == "1":
+        pytest.skip("nginx is missing, and FLOCKTUNE_WITHOUT_NGINX=1 says that this is known")
+    pytest.fail("nginx is missing, so no federation is tested: install it, or set FLOCKTUNE_WITHOUT_NGINX=1")
+
+
+@pytest.fixture(scope="module")
+def deployed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """Three owners have joined: ada by the request that her own ``join`` wrote, the others by keys they were given."""
+    folder = tmp_path_factory.mktemp("real")
+    with coordinator(folder, "localhost", write_world(folder, world, NAMES)) as deployed:
+        for name in NAMES:
+            owner = owner_of(deployed, folder, name, world)
+            given = ("--with-key",) if name != "ada" else ()
+            verb("federation", "enrol", deployed.folder, "--name", name, "--out", owner.bundle, *given)
+        ada = deployed.owners["ada"]
+        ada.join()  # nobody answers yet, and it stays
+        wait_until((ada.folder / "ada.request").exists, "the request that join writes")
+        verb("federation", "enrol", deployed.folder, "--accept", ada.folder / "ada.request")
+        assert verb("federation", "up", deployed.folder).count("registered as node") == len(NAMES)
+        for name in NAMES[1:]:
+            deployed.owners[name].join()
+        for owner in deployed.owners.values():
+            wait_until(lambda owner=owner: "connected; waiting for tasks" in owner.said(), f"{owner.name} to connect")
+        yield deployed
+
+
+def one_process(deployed: Deployed, out: Path, *overrides: str) -> str:
+    """The adapter's digest after ``flocktune run`` of the same recipe."""
+    verb("run", deployed.recipe, *overrides, "--out", out)
+    return str(read_json(out / "summary.json")["adapter_sha256"])
+
+
+def on_the_wire(deployed: Deployed) -> int:
+    """Bytes that went through nginx for tasks and updates, in both directions, with headers; no idle polling."""
+    calls = r'"POST /v1/fleet/(?:push|pull|confirm)-\S+ HTTP[^"]*" 200 (\d+) (\d+)'
+    return sum(int(one) + int(other) for one, other in re.findall(calls, deployed.federation.log("nginx").read_text()))
+
+
+def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, tmp_path: Path) -> None:
+    before, started = on_the_wire(deployed), time.perf_counter()
+    said = verb("federation", "run", deployed.folder, deployed.recipe)
+    seconds = time.perf_counter() - started
+    assert "Report: " in said
+    summary = deployed.summary("tiny")
+    assert summary["adapter_sha256"] == one_process(deployed, tmp_path / "one")
+    rounds = deployed.rounds("tiny")
+    assert [sorted(event["answered"]) for event in rounds] == [list(NAMES), list(NAMES)]
+    # The base model was loaded once, over all rounds.
+    assert {name: owner.loads() for name, owner in deployed.owners.items()} == dict.fromkeys(NAMES, 1)
+    payload = sum(event["bytes_up"] + event["bytes_down"] for event in rounds)
+    wire = on_the_wire(deployed) - before
+    assert wire > payload
+    print(f"\n{seconds:.1f} s for {len(rounds)} rounds; {wire:,} bytes on the wire, {payload:,} of them tensors")
+
+
+def test_fedbiot_too_and_the_emulator_comes_once(deployed: Deployed, tmp_path: Path) -> None:
+    verb("federation", "run", deployed.folder, deployed.recipe, *FEDBIOT)
+    assert deployed.summary("biot")["adapter_sha256"] == one_process(deployed, tmp_path / "one", *FEDBIOT)
+    for owner in deployed.owners.values():
+        kinds = [record["kind"] for record in audit_of(owner, "task_received")]
+        # Two rounds of FedIT; then a task without its emulator, the emulator, the task again, and the second round.
+        assert kinds == ["task", "task", "task", "emulator", "task", "task"]
+        assert owner.loads() == 2  # the base, and the emulator
+
+
+def test_both_sides_books_agree(deployed: Deployed) -> None:
+    came = deployed.audit("received")
+    assert len(came) == 2 * 2 * len(NAMES)
+    assert audit.verify(deployed.folder / "audit.jsonl") == []
+    keys = ("run", "round", "nonce", "bytes")
+    for owner in deployed.owners.values():
+        left = audit_of(owner, "update_left")
+        mine = [record for record in came if record["client"] == owner.name]
+        assert [(record["digest"], *(record[key] for key in keys)) for record in left] == [
+            (record["sha256"], *(record[key] for key in keys)) for record in mine
+        ]
+        assert audit.verify(owner.home / "audit.jsonl") == []
+
+
+def test_what_is_not_the_fleets_is_refused_while_owners_are_there(deployed: Deployed) -> None:
+    context = ssl.create_default_context(cafile=str(deployed.federation.authority))
+    for path in ("/v1/control/list-nodes", "/v1/runtime/pull-messages"):
+        with (
+            socket.create_connection(("localhost", deployed.federation.port)) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as connection,
+        ):
+            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+            assert b" 403 " in connection.makefile("rb").readline()
+
+
+def test_nothing_is_left(deployed: Deployed) -> None:
+    for owner in deployed.owners.values():
+        owner.leave()
+        assert owner.workers() == []
+        assert "stopping" in owner.said()
+        assert audit_of(owner, "left")
+    verb("federation", "down", deployed.folder)
+    assert belonging(deployed.federation) == {}
+    assert processes_with(str(deployed.folder)) == []
