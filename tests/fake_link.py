@@ -1,7 +1,7 @@
 """A federation without a network: clients in memory behind a Link, a clock that only the test moves, faults by script.
 
-Parcels pass as the text and bytes that a real transport carries. A client computes when its parcel is sent; its reply is
-there ``takes_s`` later, on the clock, as its :class:`Act` says: sound, late, twice, of another round, damaged, not at all.
+Parcels pass as the text and bytes that a real transport carries. A client computes when its parcel is sent; its reply
+is there ``takes_s`` later, on the clock, as its :class:`Act` says: sound, late, twice, damaged, or not at all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ START = {"w": torch.zeros(3), "a": torch.zeros(2, 2), "m": torch.zeros(1)}
 
 
 def pull(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-    """A step towards a target of the client's own, with seeded noise: no two tasks give the same update."""
+    """A step towards a target of the client's own, with seeded noise: no two tasks give the same update.
+
+    The order of the tensors bears on it, as rounding in a real model's sums does.
+    """
     noise = torch.Generator().manual_seed(task.seed)
     weight = 1.0 + derive_seed(0, task.client) % 7
     delta = {
@@ -147,7 +150,7 @@ class FakeLink:
         due = [one for one in self.sent if one.number in numbers and one.number not in gone]
         due = sorted((one for one in due if one.ready_s <= self.time()), key=lambda one: one.ready_s)
         for one in due:
-            if one.act.how in ("silent", "late") and one.act.how == "silent":
+            if one.act.how == "silent":
                 continue
             reply = self._reply(one, limit_bytes)
             self.handed.append((self.time(), one))
@@ -179,7 +182,10 @@ class FakeLink:
     def _deliver(self, parcel: Parcel) -> str:
         parcel = from_text(to_text(parcel), parcel.blob)
         client = str(parcel.fields["client"])
+        honest = self._honest(client, parcel)
         act = self.plan(parcel, sum(one.client == client for one in self.sent))
+        if act.how in FAULTS and honest.kind != UPDATE:  # there is nothing to be spoilt
+            act = replace(act, how="answers")
         ready_s = self.time() + act.takes_s
         if act.away_s:
             self.away_until_s[client] = ready_s + act.away_s
@@ -187,7 +193,7 @@ class FakeLink:
         if act.how in ("silent", "late"):
             self.happened[act.how] += 1
         number = f"message-{len(self.sent)}"
-        self.sent.append(Sent(number, parcel, act, ready_s, self._honest(client, parcel)))
+        self.sent.append(Sent(number, parcel, act, ready_s, honest))
         return number
 
     def _honest(self, client: str, parcel: Parcel) -> Parcel:
@@ -201,7 +207,7 @@ class FakeLink:
         if client in self.lacks:
             self.happened["lacking"] += 1
             return Parcel(LACKING, {**named, "digest": parcel.fields["task"]["model_digest"]})
-        task = build_task(parcel.fields["task"], decode_tensors(parcel.blob))
+        task = build_task(parcel.fields["task"], decode_tensors(parcel.blob, START))
         reply, _ = answer(task, self.half, {})
         if isinstance(reply, Failure):
             return Parcel(FAILURE, {**named, "reason": reply.reason})
@@ -243,7 +249,7 @@ def _failure(reason: str) -> Callable[[Parcel], tuple[str, bytes]]:
 
 def _changed(change: Callable[[Tensors], Tensors]) -> Callable[[Parcel], tuple[str, bytes]]:
     """Other tensors, under a digest that is theirs."""
-    return lambda honest: _written(replace(honest, blob=encode_tensors(change(decode_tensors(honest.blob or _EMPTY)))))
+    return lambda honest: _written(replace(honest, blob=encode_tensors(change(decode_tensors(honest.blob)))))
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Parcel], tuple[str, bytes]]:
@@ -252,7 +258,7 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Parcel], tuple[str, by
 
 def _said(**update: object) -> Callable[[Parcel], tuple[str, bytes]]:
     """Another weight, other metrics."""
-    return lambda honest: _written(_other(honest, update={**honest.fields.get("update", {}), **update}))
+    return lambda honest: _written(_other(honest, update={**honest.fields["update"], **update}))
 
 
 def claiming(blob: bytes, elements: int) -> bytes:
@@ -262,19 +268,17 @@ def claiming(blob: bytes, elements: int) -> bytes:
     return struct.pack("<Q", len(header)) + header + blob[8 + length :]
 
 
-_EMPTY = encode_tensors({})
-
 FAULTS: dict[str, Callable[[Parcel], tuple[str, bytes]]] = {
     "other nonce": lambda honest: _written(_other(honest, nonce="0" * 32)),
     "other round": lambda honest: _written(_other(honest, round=honest.fields["round"] + 1)),
     "other run": lambda honest: _written(_other(honest, run="run-0")),
     "other client": lambda honest: _written(_other(honest, client="somebody")),
     "other kind": lambda honest: _written(replace(honest, kind="rubbish")),
-    "damaged": lambda honest: (to_text(honest), honest.blob[:-1] + bytes([(honest.blob or b"\0")[-1] ^ 1])),
+    "damaged": lambda honest: (to_text(honest), honest.blob[:-1] + bytes([honest.blob[-1] ^ 1])),
     "truncated": _bytes(lambda blob: blob[: len(blob) // 2]),
     "trailing": _bytes(lambda blob: blob + b"more"),
     "oversized": _bytes(lambda blob: blob + bytes(2 << 20)),
-    "immense": _bytes(lambda blob: claiming(blob, 10**12) if blob else b""),
+    "immense": _bytes(lambda blob: claiming(blob, 10**12)),
     "names": _changed(lambda tensors: {**tensors, "evil": torch.zeros(1)}),
     "shapes": _changed(lambda tensors: {name: torch.zeros(7) for name in tensors}),
     "dtypes": _changed(lambda tensors: {name: value.double() for name, value in tensors.items()}),

@@ -21,7 +21,8 @@ from flocktune.algorithms import fedbiot
 from flocktune.algorithms.alignment import Pair, alignment_loss, divergence, fidelity
 from flocktune.algorithms.local import train_locally, training_only
 from flocktune.algorithms.prefix import PrefixCache
-from flocktune.assemble import client_data, federation
+from flocktune.allocation import client_data
+from flocktune.assemble import federation
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import AlignmentConfig, EmulatorConfig, LocalConfig, LoraConfig, RunConfig
 from flocktune.data.batching import collate
@@ -517,7 +518,8 @@ def test_baselines_are_settings(deep: World, tmp_path: Path, name: str) -> None:
 CLIENT = """
 import json, sys
 from pathlib import Path
-from flocktune.assemble import allocate_clients, emulator_client
+from flocktune.allocation import allocate_clients
+from flocktune.assemble import emulator_client
 from flocktune.config.load import load_recipe
 from flocktune.emulation import load_emulator
 from flocktune.models.bundle import copy_bundle, receive_bundle

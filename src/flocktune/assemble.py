@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from flocktune.algorithms import fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
-from flocktune.algorithms.local import ClientData, steps_per_round
+from flocktune.algorithms.local import steps_per_round
+from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
 from flocktune.config.schema import Availability, LoraConfig, Named, RunConfig
-from flocktune.data.batching import packing_leak, training_batches
-from flocktune.data.heterogeneity import category_counts, heterogeneity
-from flocktune.data.partition import Partition, allocate, hold_out
+from flocktune.data.batching import packing_leak
 from flocktune.emulation import (
     Emulated,
     alignment_settings,
@@ -40,49 +39,13 @@ from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
-from flocktune.resident import Base, Instructions, base_digest, load_base, load_instructions
+from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
 from flocktune.types import Tensors
 
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
-
-
-@dataclass(frozen=True, eq=False)
-class ClientRows:
-    """Client data allocation, done: who holds which rows of ``train``, and what is held out."""
-
-    train: Instructions
-    test: Instructions
-    clients: Mapping[str, NDArray[np.int64]]
-    unassigned: int
-
-    def describe(self) -> dict[str, Any]:
-        """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
-        if not self.train.examples:
-            return {"clients": {}, "owners": list(self.clients), "test": self._test_counts()}
-        categories = self.train.categories
-        counts = category_counts(self.clients, categories)
-        lengths = self.train.encoded.lengths
-        return {
-            "clients": {
-                name: {
-                    "rows": len(rows),
-                    "tokens": int(lengths[rows].sum()),
-                    "categories": {category: count for category, count in counts[name].items() if count},
-                }
-                for name, rows in self.clients.items()
-            },
-            "heterogeneity": asdict(heterogeneity(self.clients, categories)),
-            "test": self._test_counts(),
-            "untrainable_rows": len(self.train.report.untrainable),
-            "truncated_rows": self.train.report.truncated,
-            "unassigned_rows": self.unassigned,
-        }
-
-    def _test_counts(self) -> dict[str, int]:
-        return {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,30 +68,6 @@ class Federation:
     model_digest: str
     identity: Mapping[str, Any]
     emulated: Emulated | None = None
-
-
-def allocate_clients(config: RunConfig) -> ClientRows:
-    """Hold out the test rows, then deal the others out to clients. Raises UserError."""
-    data = config.data
-    train = load_instructions(data.train, data, config.model)
-    usable = np.flatnonzero(train.encoded.targets > 0).tolist()
-    if data.test is None:
-        categories = train.categories
-        kept, held = hold_out([categories[row] for row in usable], data.test_rows_per_category, config.seed)
-        test = train.take([usable[row] for row in held])
-        usable = [usable[row] for row in kept]
-    else:
-        test = load_instructions(data.test, replace(data, max_rows=None), config.model)
-    rows = np.array(usable, dtype=np.int64)
-    partition: Partition = allocate(
-        config.allocation,
-        categories=[train.examples[row].category for row in usable],
-        clients=[train.examples[row].client for row in usable],
-        texts=lambda: [f"{train.examples[row].instruction} {train.examples[row].context}" for row in usable],
-        seed=config.seed,
-    )
-    clients = {name: rows[part] for name, part in partition.clients.items()}
-    return ClientRows(train, test, clients, len(partition.unassigned))
 
 
 def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Federation:
@@ -269,27 +208,18 @@ def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
         prompt_room(model, config.evaluation.max_new_tokens)
 
 
-def check_rows(parts: Sequence[Instructions], model: Any) -> None:
-    """Raise UserError when a row has more tokens than the model has positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in parts)
-    if positions is not None and longest > positions:
-        raise UserError(
-            Problem(
-                "data.max_tokens",
-                f"at most the {positions} tokens of the model's context",
-                f"a row of {longest}",
-                f"Set data.max_tokens to {positions} or less.",
-            )
-        )
-
-
 def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> int:
     """Steps a round of the centralised baseline: those of a whole cohort, so both see as many examples."""
     selection = config.scheduling.selection
-    cohort = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(clients))
+    wanted = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(clients))
+    cohort = updates_a_round(config, wanted)
     mean = np.mean([steps_per_round(config.local, len(rows)) for rows in clients.values()])
     return max(1, round(float(mean) * cohort))
+
+
+def updates_a_round(config: RunConfig, wanted: int) -> int:
+    """How many updates a round combines: ``wanted`` of a cohort, or a buffer of them."""
+    return config.scheduling.buffered.size if config.scheduling.buffered else wanted
 
 
 def refuse_leaks(config: RunConfig, base: Base) -> None:
@@ -349,27 +279,3 @@ def given_adapter(lora: LoraConfig, expected: Tensors) -> Tensors:
             )
         )
     return given
-
-
-def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:
-    """Each client's own rows, as batches."""
-    encoded = data.train.encoded
-
-    def of(client: str) -> ClientData:
-        rows = data.clients[client]
-        return ClientData(
-            len(rows),
-            int(encoded.targets[rows].sum()),
-            lambda seed, steps, epochs: training_batches(
-                encoded,
-                rows,
-                batch_size=config.local.batch_size,
-                batching=config.data.batching,
-                pad_id=pad_id,
-                seed=seed,
-                steps=steps,
-                epochs=epochs,
-            ),
-        )
-
-    return of

@@ -48,17 +48,25 @@ class UpdateRefused(FlocktuneError):
     """A client's update that must not touch the state (names, shapes, dtypes, NaN, weight)."""
 
 
+REASONS_SHOWN = 50
+"""Of a round's clients in a message; ``RoundFailed.failures`` has them all."""
+
+
 class RoundFailed(FlocktuneError):
     """Fewer clients answered than the quorum. Names every reason; the state is unchanged.
 
     ``round`` counts from 0, as everywhere in the code; the message counts from 1, as people do.
     """
 
-    def __init__(self, round: int, needed: int, answered: int, failures: Sequence[Failure]) -> None:
+    def __init__(
+        self, round: int, needed: int, answered: int, failures: Sequence[Failure], setting: str = "scheduling.quorum"
+    ) -> None:
         self.failures = tuple(failures)
-        reasons = "".join(f"\n  {failure.client}: {failure.reason}" for failure in failures)
+        reasons = "".join(f"\n  {failure.client}: {failure.reason}" for failure in self.failures[:REASONS_SHOWN])
+        if len(self.failures) > REASONS_SHOWN:
+            reasons += f"\n  and {len(self.failures) - REASONS_SHOWN} more"
         clients = "1 client" if needed == 1 else f"{needed} clients"
         super().__init__(
             f"round {round + 1}: expected updates of at least {clients}, got {answered}.{reasons}\n"
-            "Mend the clients and resume the run, or lower scheduling.quorum."
+            f"Mend the clients and resume the run, or lower {setting}."
         )

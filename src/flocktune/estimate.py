@@ -12,7 +12,8 @@ from rich.table import Table
 
 from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
-from flocktune.assemble import allocate_clients, check_context, given_adapter, scheduler
+from flocktune.allocation import allocate_clients
+from flocktune.assemble import check_context, given_adapter, scheduler, updates_a_round
 from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.errors import FlocktuneError, Problem, UserError
@@ -93,7 +94,7 @@ def estimate(config: RunConfig) -> Estimate:
     if counts is None or data is None or schedule is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
     sizes = [len(rows) for rows in data.clients.values()]
-    cohort = schedule(0).wanted
+    cohort = updates_a_round(config, schedule(0).wanted)
     trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from flocktune.assemble import allocate_clients, federation
+from flocktune.allocation import allocate_clients
+from flocktune.assemble import federation
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import Named, RunConfig
 from flocktune.errors import Problem, UserError

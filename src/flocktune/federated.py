@@ -16,15 +16,8 @@ import numpy as np
 import torch
 
 from flocktune.algorithms import fedavg, fedbiot
-from flocktune.assemble import (
-    ClientRows,
-    Federation,
-    check_rows,
-    client_data,
-    emulator_client,
-    federation,
-    refuse_leaks,
-)
+from flocktune.allocation import ClientRows, check_rows, client_data
+from flocktune.assemble import Federation, emulator_client, federation, refuse_leaks
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from flocktune.assemble import allocate_clients
+from flocktune.allocation import allocate_clients
 from flocktune.config.load import build_config, load_recipe
 from flocktune.config.schema import ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt

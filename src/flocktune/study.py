@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flocktune.assemble import allocate_clients, scheduler
+from flocktune.allocation import allocate_clients
+from flocktune.assemble import scheduler
 from flocktune.config.load import config_digest, differences, load_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.config.study import Cell, Study

@@ -92,8 +92,8 @@ def encode_tensors(tensors: Tensors) -> bytes:
 def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
     """The tensors that :func:`encode_tensors` was given.
 
-    With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values.
-    Raises UpdateRefused.
+    With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values,
+    and they come in its order, not the file's: sums over tensors round by their order. Raises UpdateRefused.
     """
     try:
         (length,) = struct.unpack_from("<Q", blob)
@@ -103,9 +103,11 @@ def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
         metadata = header.pop("__metadata__")
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')}")
-        if expected is not None:
-            _refuse_header(header, expected)
-        return load(blob)
+        if expected is None:
+            return load(blob)
+        _refuse_header(header, expected)
+        tensors = load(blob)
+        return {name: tensors[name] for name in expected}
     except (*_NOT_OURS, AttributeError) as error:
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
 

@@ -1,4 +1,4 @@
-"""A real federation through seeded schedules of faults: ``make test-federation``. As root, and outside of ``make test``.
+"""A real federation through seeded schedules of faults: ``make test-federation``. As root; no part of ``make test``.
 
 Owners are machines of their own (network namespaces). Whatever happens to them or to the coordinator, the run ends with
 all its rounds, or says why not and goes on when it is told to; and its adapter is, to the bit, that of a run in one
@@ -26,11 +26,13 @@ from typing import Any, TypeAlias
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from network import COORDINATOR, Disk, Network, disk, may_be_had, network, wrong_clock
+from replay import replay
+
 from conftest import World, make_world
 from flocktune import audit
 from flocktune.federation.services import NAMES as PROGRAMS
 from flocktune.federation.services import belonging, pid_of, program, services
-from network import COORDINATOR, Disk, Network, disk, may_be_had, network, wrong_clock
 from real_federation import (
     Deployed,
     Owner,
@@ -43,7 +45,6 @@ from real_federation import (
     wait_until,
     write_world,
 )
-from replay import replay
 
 SEEDS = 5
 NAMES = ("ada", "bela", "carl", "dora")
@@ -53,7 +54,7 @@ MOST_ATTEMPTS = 15
 SETTINGS = (
     f"rounds={ROUNDS}",
     "local.steps=40",
-    "engine={kind: flower, deadline_s: %g, absent_s: %g}" % (DEADLINE_S, ABSENT_S),
+    f"engine={{kind: flower, deadline_s: {DEADLINE_S}, absent_s: {ABSENT_S}}}",
 )
 
 

@@ -234,7 +234,9 @@ class _Intake:
             pair = next(replies, None)
             self.waiting_s += time.perf_counter() - started
             if pair is None:
-                raise RoundFailed(self.number, self.settings.size, len(self.clients), self.failures)
+                raise RoundFailed(
+                    self.number, self.settings.size, len(self.clients), self.failures, "scheduling.buffered.size"
+                )
             task, reply = pair
             work = self.desk.take(task)
             if work is None:

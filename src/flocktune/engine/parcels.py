@@ -79,7 +79,7 @@ def from_text(text: str, blob: bytes) -> Parcel:
         if not isinstance(parcel.kind, str) or not isinstance(parcel.fields, dict):
             raise ValueError("no kind, or no fields")
         text.encode()
-        json.dumps(parcel.fields, ensure_ascii=False).encode()  # half a character can be written to no file
+        json.dumps([parcel.kind, parcel.fields], ensure_ascii=False).encode()  # no file takes half a character
         if said["sha256"] != parcel.sha256:
             raise ValueError("a digest that is not that of its tensors")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

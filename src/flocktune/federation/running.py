@@ -12,11 +12,11 @@ from flocktune.config.engines import FlowerEngine
 from flocktune.config.schema import RunConfig
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.federated import server_side
-from flocktune.federation.control import run_state, submit
+from flocktune.federation.control import ControlFailed, run_state, submit
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import answers
-from flocktune.federation.services import NAMES
+from flocktune.federation.services import NAMES, SUPEREXEC, SUPERLINK
 from flocktune.federation.serving import APP, FAILED, ROSTER, STOP, write_roster
 from flocktune.files import is_held, read_json, write_atomic
 from flocktune.report.events import LOG_NAME, read_events
@@ -24,7 +24,7 @@ from flocktune.run_folder import create_run, is_finished
 from flocktune.runs import Listener, Stopped
 
 LOOK_S, ASK_S = 0.5, 10.0
-"""Between two looks at a run's folder, and between two questions to Flower when nothing seems to happen."""
+"""Between two looks at a run's folder, and between two questions to Flower while the run has not begun."""
 
 
 def begin(federation: Federation, config: RunConfig) -> Path:
@@ -85,8 +85,10 @@ def follow(
     """
     shown: list[dict[str, Any]] = []
     asked_s, asked_to_stop = time.monotonic(), False
+    begun, looks_without = not flower_id, 0
     while True:
         running, finished = is_held(folder), is_finished(folder)
+        begun, looks_without = begun or running, 0 if running else looks_without + 1
         events = read_events(folder / LOG_NAME)
         known = next((i for i, pair in enumerate(zip(shown, events, strict=False)) if pair[0] != pair[1]), len(shown))
         for event in events[min(known, len(events)) :]:
@@ -102,16 +104,35 @@ def follow(
             asked_to_stop = True
         if asked_to_stop and not running and not (folder / STOP).exists():
             raise Stopped(str(folder))
-        if not running and time.monotonic() - asked_s > ASK_S:
-            state = run_state(federation, flower_id) if flower_id else "finished"
+        # Its lock goes with its process; the reason is written a moment later.
+        if begun and looks_without > 2:
+            raise _ended(federation, folder, "the run's process has ended")
+        if not begun and time.monotonic() - asked_s > ASK_S:
             asked_s = time.monotonic()
-            if state.startswith("finished") and not is_held(folder) and not is_finished(folder):
-                if (folder / FAILED).exists():
-                    raise _failed(folder)
-                again = f"flocktune federation run {federation.folder} --resume {folder.name}"
-                logs = f"flocktune federation logs {federation.folder} superexec"
-                raise FlocktuneError(f"the run's process has ended ({state}). What it said: {logs}. Go on: {again}")
+            if why := _will_not_begin(federation, flower_id):
+                raise _ended(federation, folder, why)
         time.sleep(LOOK_S)
+
+
+def _will_not_begin(federation: Federation, flower_id: str) -> str:
+    """Why a run that was submitted has no process and will get none, or nothing."""
+    silent = [name for name in (SUPERLINK, SUPEREXEC) if not answers(federation, name)]
+    if silent:
+        return f"the run has not begun, and {' and '.join(silent)} can not be reached"
+    try:
+        state = run_state(federation, flower_id)
+    except ControlFailed as error:
+        return f"the run has not begun ({error})"
+    return f"the run has not begun ({state})" if state.startswith("finished") else ""
+
+
+def _ended(federation: Federation, folder: Path, why: str) -> FlocktuneError:
+    place = federation.folder
+    return FlocktuneError(
+        f"{why}. Nothing that was saved is lost.\n"
+        f"  What it said:  flocktune federation logs {place} superexec\n"
+        f"  Go on with it: flocktune federation up {place}; flocktune federation run {place} --resume {folder.name}"
+    )
 
 
 def _failed(folder: Path) -> FlocktuneError:

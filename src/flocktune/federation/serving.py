@@ -28,7 +28,7 @@ from flocktune.errors import UserError
 from flocktune.federated import bundle_tensors
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import open_federation
-from flocktune.files import read_json, write_json
+from flocktune.files import is_held, read_json, write_json
 from flocktune.interfaces import Engine
 from flocktune.runs import Elsewhere, Stopped, execute
 
@@ -61,6 +61,9 @@ def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, A
     """Run ``settings["run"]`` to its end, or from its last round on. What went wrong is in RUN/failed.json."""
     folder = Path(str(settings["run"]))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if is_held(folder):  # Flower starts what it was given before an outage, and the coordinator has gone on meanwhile
+        _LOG.warning("%s is running already", folder)
+        return
     (folder / FAILED).unlink(missing_ok=True)
     try:
         roster = read_roster(folder)

@@ -1,0 +1,117 @@
+"""Client data allocation as a recipe asks for it: rows that are held out, and who holds which of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flocktune.algorithms.local import ClientData
+from flocktune.config.schema import RunConfig
+from flocktune.data.batching import training_batches
+from flocktune.data.heterogeneity import category_counts, heterogeneity
+from flocktune.data.partition import Partition, allocate, hold_out
+from flocktune.errors import Problem, UserError
+from flocktune.resident import Instructions, load_instructions
+
+
+@dataclass(frozen=True, eq=False)
+class ClientRows:
+    """Client data allocation, done: who holds which rows of ``train``, and what is held out."""
+
+    train: Instructions
+    test: Instructions
+    clients: Mapping[str, NDArray[np.int64]]
+    unassigned: int
+
+    def describe(self) -> dict[str, Any]:
+        """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
+        if not self.train.examples:
+            return {"clients": {}, "owners": list(self.clients), "test": self._test_counts()}
+        categories = self.train.categories
+        counts = category_counts(self.clients, categories)
+        lengths = self.train.encoded.lengths
+        return {
+            "clients": {
+                name: {
+                    "rows": len(rows),
+                    "tokens": int(lengths[rows].sum()),
+                    "categories": {category: count for category, count in counts[name].items() if count},
+                }
+                for name, rows in self.clients.items()
+            },
+            "heterogeneity": asdict(heterogeneity(self.clients, categories)),
+            "test": self._test_counts(),
+            "untrainable_rows": len(self.train.report.untrainable),
+            "truncated_rows": self.train.report.truncated,
+            "unassigned_rows": self.unassigned,
+        }
+
+    def _test_counts(self) -> dict[str, int]:
+        return {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))}
+
+
+def allocate_clients(config: RunConfig) -> ClientRows:
+    """Hold out the test rows, then deal the others out to clients. Raises UserError."""
+    data = config.data
+    train = load_instructions(data.train, data, config.model)
+    usable = np.flatnonzero(train.encoded.targets > 0).tolist()
+    if data.test is None:
+        categories = train.categories
+        kept, held = hold_out([categories[row] for row in usable], data.test_rows_per_category, config.seed)
+        test = train.take([usable[row] for row in held])
+        usable = [usable[row] for row in kept]
+    else:
+        test = load_instructions(data.test, replace(data, max_rows=None), config.model)
+    rows = np.array(usable, dtype=np.int64)
+    partition: Partition = allocate(
+        config.allocation,
+        categories=[train.examples[row].category for row in usable],
+        clients=[train.examples[row].client for row in usable],
+        texts=lambda: [f"{train.examples[row].instruction} {train.examples[row].context}" for row in usable],
+        seed=config.seed,
+    )
+    clients = {name: rows[part] for name, part in partition.clients.items()}
+    return ClientRows(train, test, clients, len(partition.unassigned))
+
+
+def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:
+    """Each client's own rows, as batches."""
+    encoded = data.train.encoded
+
+    def of(client: str) -> ClientData:
+        rows = data.clients[client]
+        return ClientData(
+            len(rows),
+            int(encoded.targets[rows].sum()),
+            lambda seed, steps, epochs: training_batches(
+                encoded,
+                rows,
+                batch_size=config.local.batch_size,
+                batching=config.data.batching,
+                pad_id=pad_id,
+                seed=seed,
+                steps=steps,
+                epochs=epochs,
+            ),
+        )
+
+    return of
+
+
+def check_rows(parts: Sequence[Instructions], model: Any) -> None:
+    """Raise UserError when a row has more tokens than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in parts)
+    if positions is not None and longest > positions:
+        raise UserError(
+            Problem(
+                "data.max_tokens",
+                f"at most the {positions} tokens of the model's context",
+                f"a row of {longest}",
+                f"Set data.max_tokens to {positions} or less.",
+            )
+        )
