@@ -2,6 +2,7 @@
 # make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
 # make study   the tables of the papers in small: recipes/study_*.yaml, over three seeds; goes on where it was stopped
 # make test    all tests
+# make test-federation   a real federation through faults of every kind, half an hour: as root, on Linux, with nginx
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 0
 OUT ?= runs/demo
 
-.PHONY: setup demo study test lint bench clean
+.PHONY: setup demo study test test-federation lint bench clean
 
 setup: $(VENV)/.done
 
@@ -31,6 +32,9 @@ study: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-federation: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/federation/chaos.py -s
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("overhead", "alternative", "server_memory", "client_cost", "scale_out")
+NAMES = ("overhead", "alternative", "server_memory", "client_cost", "scale_out", "federation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,7 +123,8 @@ def read(case: Case, message: Tensors) -> float:
     """Seconds to read every byte of the same updates once: a sum, which keeps nothing."""
     engine = Made(message)
     started = time.perf_counter()
-    for update in engine.run(ClientTask(0, str(number), "", {}, 0, "") for number in range(case.clients)):
+    tasks = (ClientTask(0, str(number), "", {}, 0, "") for number in range(case.clients))
+    for update in engine.run(tasks, case.clients):
         for value in update.delta.values():
             value.sum()
     return time.perf_counter() - started - engine.seconds

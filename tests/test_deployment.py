@@ -7,15 +7,20 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import World
+from conftest import Said, World
 from flocktune import audit
+from flocktune.engine.flower import fleet
+from flocktune.enrolment import read_invitation
 from flocktune.federation.services import belonging, find_nginx
 from flocktune.files import read_json
+from flocktune.owner.home import make_home
+from flocktune.owner.join import try_to_connect
 from real_federation import (
     Deployed,
     audit_of,
@@ -68,9 +73,10 @@ def deployed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield deployed
 
 
-def one_process(deployed: Deployed, out: Path, *overrides: str) -> str:
+def one_process(cli: Callable[..., Said], deployed: Deployed, out: Path, *overrides: str) -> str:
     """The adapter's digest after ``flocktune run`` of the same recipe."""
-    verb("run", deployed.recipe, *overrides, "--out", out)
+    said = cli("run", deployed.recipe, *overrides, "--out", out)
+    assert said.code == 0, said.all
     return str(read_json(out / "summary.json")["adapter_sha256"])
 
 
@@ -80,13 +86,13 @@ def on_the_wire(deployed: Deployed) -> int:
     return sum(int(one) + int(other) for one, other in re.findall(calls, deployed.federation.log("nginx").read_text()))
 
 
-def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, tmp_path: Path) -> None:
+def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, cli: Callable[..., Said], tmp_path: Path) -> None:
     before, started = on_the_wire(deployed), time.perf_counter()
     said = verb("federation", "run", deployed.folder, deployed.recipe)
     seconds = time.perf_counter() - started
     assert "Report: " in said
     summary = deployed.summary("tiny")
-    assert summary["adapter_sha256"] == one_process(deployed, tmp_path / "one")
+    assert summary["adapter_sha256"] == one_process(cli, deployed, tmp_path / "one")
     rounds = deployed.rounds("tiny")
     assert [sorted(event["answered"]) for event in rounds] == [list(NAMES), list(NAMES)]
     # The base model was loaded once, over all rounds.
@@ -97,9 +103,9 @@ def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, tmp_path: Path)
     print(f"\n{seconds:.1f} s for {len(rounds)} rounds; {wire:,} bytes on the wire, {payload:,} of them tensors")
 
 
-def test_fedbiot_too_and_the_emulator_comes_once(deployed: Deployed, tmp_path: Path) -> None:
+def test_fedbiot_too_and_the_emulator_comes_once(deployed: Deployed, cli: Callable[..., Said], tmp_path: Path) -> None:
     verb("federation", "run", deployed.folder, deployed.recipe, *FEDBIOT)
-    assert deployed.summary("biot")["adapter_sha256"] == one_process(deployed, tmp_path / "one", *FEDBIOT)
+    assert deployed.summary("biot")["adapter_sha256"] == one_process(cli, deployed, tmp_path / "one", *FEDBIOT)
     for owner in deployed.owners.values():
         kinds = [record["kind"] for record in audit_of(owner, "task_received")]
         # Two rounds of FedIT; then a task without its emulator, the emulator, the task again, and the second round.
@@ -130,6 +136,24 @@ def test_what_is_not_the_fleets_is_refused_while_owners_are_there(deployed: Depl
         ):
             connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
             assert b" 403 " in connection.makefile("rb").readline()
+
+
+@pytest.mark.parametrize("ahead_s", [-1000, -200, 200, 1000])
+def test_a_clock_that_is_wrong_is_made_up_for_or_named(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch, ahead_s: int
+) -> None:
+    ada = deployed.owners["ada"]
+    ada.leave()
+    invitation = read_invitation(ada.bundle)
+    home = make_home(ada.home, invitation)
+    elsewhere = SimpleNamespace(time=lambda: time.time() + ahead_s, monotonic=time.monotonic)
+    monkeypatch.setattr(fleet, "time", elsewhere)
+    if abs(ahead_s) <= fleet.CORRECTED_S:
+        try_to_connect(invitation, home)
+    else:
+        way = "ahead of" if ahead_s > 0 else "behind"
+        with pytest.raises(fleet.NotAdmitted, match=f"clock is (1,000|999|1,001) s {way} the coordinator's: set it"):
+            try_to_connect(invitation, home)
 
 
 def test_nothing_is_left(deployed: Deployed) -> None:

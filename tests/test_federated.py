@@ -75,7 +75,7 @@ VARIANTS = {
         "local.optimizer=sgd",
         "local.momentum=0.5",
     ),
-    "a cohort of the clients": ("scheduling.selection.fraction=0.5", "rounds=3"),
+    "a cohort of the clients": ("scheduling.selection={kind: uniform, fraction: 0.5}", "rounds=3"),
     "FedBiOT": FEDBIOT,
     "FedBiOT, packed, dropout, epochs": (
         *FEDBIOT,

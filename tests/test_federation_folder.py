@@ -41,6 +41,7 @@ from flocktune.federation.configuration import write_configuration
 from flocktune.federation.enrolled import accept, client_named, clients, invite, remove
 from flocktune.federation.layout import Federation, create_federation, open_federation, renew_certificates
 from flocktune.federation.status import status_of
+from flocktune.files import exclusive
 
 HOST = "fed.example.org"
 
@@ -698,10 +699,10 @@ def test_status_of_a_federation_that_is_down(fed: Federation, cli: Callable[...,
         if finished:
             (folder / "summary.json").write_text("{}")
     found = status_of(fed)
-    assert [(run.name, run.finished, run.rounds_done, run.rounds) for run in found.runs] == [
-        ("first", True, 8, 8),
-        ("second", False, 1, 8),
-        ("third", False, 0, None),
+    assert [(run.name, run.status, run.rounds_done, run.rounds) for run in found.runs] == [
+        ("first", "finished", 8, 8),
+        ("second", "stopped", 1, 8),
+        ("third", "stopped", 0, None),
     ]
     assert [(client.name, client.status) for client in found.clients] == [
         ("b", "invited"),
@@ -713,8 +714,10 @@ def test_status_of_a_federation_that_is_down(fed: Federation, cli: Callable[...,
     assert "8 of 8" in said.out
     assert "Certificates end in 7" in said.out
     as_json = json.loads(cli("federation", "status", fed.folder, "--json").out)
-    assert as_json["runs"][1] == {"name": "second", "finished": False, "rounds_done": 1, "rounds": 8}
+    assert as_json["runs"][1] == {"name": "second", "status": "stopped", "rounds_done": 1, "rounds": 8}
     assert "secret" not in json.dumps(as_json)
+    with exclusive(fed.runs / "third"):
+        assert [run.status for run in status_of(fed).runs] == ["finished", "stopped", "running"]
 
 
 def test_certificates_that_end_soon_are_told_of(fed: Federation, cli: Callable[..., Any]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from conftest import CATEGORIES, dolly_rows, write_rows
 from flocktune.audit import AuditLog
-from flocktune.config.load import load_recipe
-from flocktune.engine.parcels import Lost, Parcel, from_text, to_text
+from flocktune.config.load import build_config, config_digest, load_recipe, to_tree
+from flocktune.engine.parcels import TASK, Lost, Parcel, from_text, to_text
 from flocktune.federation.serving import Roster, _engine
+from flocktune.models.bundle import Bundle, read_bundle
 from flocktune.owner.home import POLICY
 from flocktune.owner.policy import write_policy
 from flocktune.owner.tasks import Owner
@@ -111,3 +114,55 @@ def run_apart(folder: Path, link: Direct, clients: tuple[str, ...] = tuple(SIZES
     roster = Roster(RUN, clients, str(folder))
     audit = AuditLog(folder / "audit.jsonl")
     return execute(folder, elsewhere=Elsewhere(clients, _engine(link, roster, audit)), **options)
+
+
+_NUMBERS = count()
+
+
+def new_nonce() -> str:
+    """One that was not used before."""
+    return f"nonce-{next(_NUMBERS)}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A world, and what a coordinator's first round sends to bob: FedIT's tensors, FedBiOT's, and its emulator."""
+
+    world: Path
+    first: Parcel
+    biot: Parcel
+    emulator: Bundle
+
+    def task(self, *overrides: str, first: Parcel | None = None, **changes: Any) -> Parcel:
+        """A sound task of another recipe; ``changes`` are made to parcel and task alike."""
+        parcel = first or self.first
+        config = load_recipe(self.world / "recipe.yaml", [*overrides])
+        return self.of_tree(to_tree(config), parcel, **changes)
+
+    def of_tree(self, tree: Mapping[str, Any], parcel: Parcel | None = None, **changes: Any) -> Parcel:
+        parcel = parcel or self.first
+        fields = copy.deepcopy(dict(parcel.fields))
+        fields["nonce"] = new_nonce()
+        fields["recipe"] = dict(tree)
+        fields["task"]["config_digest"] = config_digest(build_config(tree))
+        for key, value in changes.items():
+            if key in fields:
+                fields[key] = value
+            if key in fields["task"]:
+                fields["task"][key] = value
+        return Parcel(TASK, fields, parcel.blob)
+
+    def biot_task(self, *overrides: str, **changes: Any) -> Parcel:
+        settings = [each.replace("FOLDER", str(self.world)) for each in FEDBIOT]
+        return self.task(*settings, *overrides, first=self.biot, **changes)
+
+
+def make_scene(folder: Path) -> Scene:
+    """Record one run of each method with bob alone."""
+    world = make_federated_world(folder)
+    sent = []
+    for name, overrides in (("fedit", ()), ("fedbiot", FEDBIOT)):
+        link = Direct({"bob": make_owner(world, "bob", folder / f"home-{name}").answer})
+        run_apart(new_run(world, folder / name, *overrides), link, ("bob",))
+        sent.append(link.sent[0][1])
+    return Scene(world, *sent, read_bundle(folder / "fedbiot" / "emulator"))

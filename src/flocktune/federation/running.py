@@ -66,7 +66,8 @@ def start(federation: Federation, folder: Path) -> str:
     app.mkdir(mode=0o700, exist_ok=True)
     for name, text in APP.items():
         write_atomic(app / name, text)
-    (folder / FAILED).unlink(missing_ok=True)
+    for old in (FAILED, STOP):
+        (folder / old).unlink(missing_ok=True)
     return submit(federation, app, folder)
 
 

@@ -101,7 +101,7 @@ def _engine(link: Link, roster: Roster, audit: AuditLog) -> Callable[[Assembled]
 
 @contextmanager
 def _stop_file(path: Path) -> Iterator[threading.Event]:
-    """An event that is set when ``path`` appears."""
+    """An event that is set when ``path`` appears, or is there: a run may be asked to stop before it has begun."""
     stop, ended = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -109,7 +109,6 @@ def _stop_file(path: Path) -> Iterator[threading.Event]:
             if path.exists():
                 stop.set()
 
-    path.unlink(missing_ok=True)
     watcher = threading.Thread(target=watch, name="stop", daemon=True)
     watcher.start()
     try:

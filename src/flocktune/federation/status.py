@@ -18,7 +18,9 @@ from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import LOOPBACK, Federation
 from flocktune.federation.processes import answers
 from flocktune.federation.services import SUPERLINK, pid_of, services
+from flocktune.files import is_held
 from flocktune.report.events import LOG_NAME, read_events_leniently
+from flocktune.run_folder import is_finished
 
 _SOON_DAYS = 30
 
@@ -49,10 +51,12 @@ class ClientStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run's folder. ``rounds_done`` of ``rounds``; None when its log does not say."""
+    """A run's folder. ``status``: running, finished, or stopped (``--resume`` goes on with it). ``rounds_done`` of
+    ``rounds``; None when its log does not say.
+    """
 
     name: str
-    finished: bool
+    status: str
     rounds_done: int
     rounds: int | None
 
@@ -108,14 +112,7 @@ def as_tables(status: Status) -> Group:
         else Text("No clients yet. Invite one: flocktune federation enrol DIR --name NAME"),
         _table(
             ("Run", "Status", "Rounds"),
-            [
-                (
-                    item.name,
-                    "finished" if item.finished else "not finished",
-                    f"{item.rounds_done} of {item.rounds or '?'}",
-                )
-                for item in status.runs
-            ],
+            [(item.name, item.status, f"{item.rounds_done} of {item.rounds or '?'}") for item in status.runs],
         )
         if status.runs
         else Text("No runs yet."),
@@ -155,7 +152,8 @@ def _run(folder: Path) -> RunStatus:
     events, _ = read_events_leniently(folder / LOG_NAME)
     planned = [event.get("rounds") for event in events if event["event"] == "run_start"]
     done = {event.get("round") for event in events if event["event"] == "round"}
-    return RunStatus(folder.name, (folder / "summary.json").exists(), len(done), planned[-1] if planned else None)
+    state = "running" if is_held(folder) else "finished" if is_finished(folder) else "stopped"
+    return RunStatus(folder.name, state, len(done), planned[-1] if planned else None)
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
@@ -167,4 +165,5 @@ def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     return table
 
 
-_STYLES = {"answering": "green", "online": "green", "down": "red", "silent": "red", "lost": "red", "offline": "yellow"}
+_STYLES = {"answering": "green", "online": "green", "running": "green", "down": "red", "silent": "red", "lost": "red",
+           "offline": "yellow"}  # fmt: skip

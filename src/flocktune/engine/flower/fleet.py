@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -232,7 +232,7 @@ class _Signed:
     ahead_s: float = 0.0
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        moment = (datetime.now(UTC) - timedelta(seconds=self.ahead_s)).isoformat()
+        moment = datetime.fromtimestamp(time.time() - self.ahead_s, UTC).isoformat()
         signature = sign_message(self.private, moment.encode("ascii"))
         context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self.public).decode("ascii")
         context.request.headers[TIMESTAMP_HEADER] = moment
