@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,25 +134,22 @@ def measure(folder: Path, coordinator: Path, config: RunConfig, names: Sequence[
 def rounds(run: Path) -> list[float]:
     """Seconds of every round after the first, from one round's event to the next."""
     times = [event["time"] for event in read_events(run / "metrics.jsonl") if event["event"] == "round"]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 def stages(coordinator: Path, folder: Path, run: Path, names: Sequence[str]) -> dict[str, list[float]]:
     """Seconds on the way down, at work, and on the way up, of every client and round after the first."""
     number = json.loads((run / "roster.json").read_text())["run"]
-    logs = [coordinator / "audit.jsonl", *(folder / "homes" / "fed" / name / "audit.jsonl" for name in names)]
+    logs = [coordinator / "audit.jsonl", *(folder / "HOME" / name / "fed" / name / "audit.jsonl" for name in names)]
     seen: dict[str, dict[str, float]] = {}
     for record in (record for log in logs for record in read_audit(log)):
         if record.get("run") == number and record.get("round", 0) > 0:
             at = datetime.fromisoformat(str(record["time"])).timestamp()
             seen.setdefault(str(record["nonce"]), {})[str(record["event"])] = at
     whole = [times for times in seen.values() if len(times) == 4]
-    ways = {
-        "down": ("sent", "task_received"),
-        "work": ("task_received", "update_left"),
-        "up": ("update_left", "received"),
-    }
-    return {name: [times[end] - times[start] for times in whole] for name, (start, end) in ways.items()}
+    marks = ("sent", "task_received", "update_left", "received")
+    ways = zip(("down", "work", "up"), pairwise(marks), strict=True)
+    return {name: [times[end] - times[start] for times in whole] for name, (start, end) in ways}
 
 
 def row(method: str, measured: Mapping[str, Any]) -> tuple[str, ...]:
@@ -178,7 +176,8 @@ def federation(folder: Path, names: Sequence[str]) -> Iterator[Path]:
                 subprocess.Popen(
                     command("join", f"{name}.bundle", "--data", str(data)),
                     cwd=folder,
-                    env={**os.environ, "FLOCKTUNE_HOME": str(folder / "homes")},
+                    # A cache of its own: what another process of this machine made would not be sent.
+                    env={**os.environ, **{f"FLOCKTUNE_{key}": str(folder / key / name) for key in ("HOME", "CACHE")}},
                     stdout=(folder / f"join-{name}.log").open("w"),
                     stderr=subprocess.STDOUT,
                 )
