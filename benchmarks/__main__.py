@@ -11,7 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("overhead", "alternative", "server_memory", "client_cost", "scale_out", "federation")
+NAMES = (
+    "overhead",
+    "alternative",
+    "server_memory",
+    "client_cost",
+    "scale_out",
+    "federation",
+    "coordinator",
+    "cross_device",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Whole federations under seeded faults, in memory: nothing is lost, nothing is counted twice, and every run ends.
 
 One seed is one run: rounds over the link of ``fake_link``, checkpoints in real files, a coordinator that is killed at
-any moment and goes on from its last checkpoint. Faults of clients, replies and the link come as the seed has it. What is
-left is held against one process in which the clients that were left out of a round were merely absent from it.
+any moment and goes on from its last checkpoint. Faults of clients, replies and the link come as the seed has it. The
+result is held against one process in which the clients that were left out of a round were merely absent from it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flocktune.seeds import derive_seed
 from flocktune.tensors import digest
 from flocktune.types import Mean
 
-BLOCKS, RUNS_A_BLOCK = 12, 150
+BLOCKS, RUNS_A_BLOCK = 12, 10
 ROUNDS = 5
 SETTINGS = FlowerEngine(deadline_s=30.0, absent_s=6.0)
 SERVERS = [ServerSgd(), ServerSgd(momentum=0.9), ServerAdaptive("adam"), ServerAdaptive("yogi")]
@@ -137,10 +137,11 @@ class Federation:
             except Killed as killed:
                 kills_left -= 1
                 self.story.kills[str(killed)] += 1
-                self.reaper.moment = ""
+                self.reaper.moment = ""  # nobody lives who could be killed
                 self.link.time.pause(self.draw.choice([0.0, 2.0, 40.0]))
             except RoundFailed as failed:
                 self.story.failed.append(failed)
+                self.reaper.moment = ""
                 if len(self.story.failed) == 1 + self.seed % 2:
                     return self.story
                 self.link.time.pause(60.0)

@@ -121,7 +121,7 @@ def status(
 @federation.command()
 def logs(
     folder: Folder,
-    program: Annotated[str | None, typer.Argument(help="superlink, superexec or nginx; default: all.")] = None,
+    program: Annotated[str | None, typer.Argument(help="superlink, superexec, nginx or run; default: all.")] = None,
     lines: Annotated[int, typer.Option(min=0, help="How many of the last lines.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", help="Go on as lines come, until Ctrl-C.")] = False,
 ) -> None:
@@ -132,12 +132,13 @@ def logs(
     from flocktune.errors import Problem, UserError
     from flocktune.federation.layout import open_federation
     from flocktune.federation.processes import last_lines
-    from flocktune.federation.services import NAMES
+    from flocktune.federation.services import NAMES, RUN
 
-    if program is not None and program not in NAMES:
-        raise UserError(Problem("program", f"one of {', '.join(NAMES)}", repr(program)))
+    known = (*NAMES, RUN)
+    if program is not None and program not in known:
+        raise UserError(Problem("program", f"one of {', '.join(known)}", repr(program)))
     opened = open_federation(folder)
-    paths = [opened.log(name) for name in (NAMES if program is None else (program,))]
+    paths = [opened.log(name) for name in (known if program is None else (program,))]
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             subprocess.run(("tail", "-n", str(lines), "-F", *map(str, paths)), stderr=subprocess.DEVNULL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from flocktune.federation.control import ControlFailed, run_state, submit
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import answers
-from flocktune.federation.services import NAMES, SUPEREXEC, SUPERLINK
+from flocktune.federation.services import NAMES, RUN, SUPEREXEC, SUPERLINK
 from flocktune.federation.serving import APP, FAILED, ROSTER, STOP, write_roster
 from flocktune.files import is_held, read_json, write_atomic
 from flocktune.report.events import LOG_NAME, read_events
@@ -25,6 +26,8 @@ from flocktune.runs import Listener, Stopped
 
 LOOK_S, ASK_S = 0.5, 10.0
 """Between two looks at a run's folder, and between two questions to Flower while the run has not begun."""
+
+_FULL_BYTES = 1_000_000
 
 
 def begin(federation: Federation, config: RunConfig) -> Path:
@@ -129,9 +132,11 @@ def _will_not_begin(federation: Federation, flower_id: str) -> str:
 
 def _ended(federation: Federation, folder: Path, why: str) -> FlocktuneError:
     place = federation.folder
+    if shutil.disk_usage(folder).free < _FULL_BYTES:
+        why = f"{why}: the disk of {folder} is full"
     return FlocktuneError(
         f"{why}. Nothing that was saved is lost.\n"
-        f"  What it said:  flocktune federation logs {place} superexec\n"
+        f"  What it said:  flocktune federation logs {place} {RUN}\n"
         f"  Go on with it: flocktune federation up {place}; flocktune federation run {place} --resume {folder.name}"
     )
 

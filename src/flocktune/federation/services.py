@@ -22,6 +22,9 @@ SUPERLINK, SUPEREXEC, NGINX = "superlink", "superexec", "nginx"
 NAMES = (SUPERLINK, SUPEREXEC, NGINX)
 """In the order in which they start; they are stopped in the reverse order."""
 
+RUN = "run"
+"""The log of what the SuperExec starts: the coordinator's runs."""
+
 MARK = "FLOCKTUNE_FEDERATION_ID"
 """In the environment of every process of a federation, and of those that these start."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from flocktune.config.engines import FlowerEngine
 from flocktune.config.load import to_tree
 from flocktune.engine.flower.app import client_app, server_app
 from flocktune.engine.remote import Federated, Link, Remote
-from flocktune.errors import UserError
+from flocktune.errors import FlocktuneError, UserError
 from flocktune.federated import bundle_tensors
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import open_federation
+from flocktune.federation.services import RUN
 from flocktune.files import is_held, read_json, write_json
 from flocktune.interfaces import Engine
 from flocktune.runs import Elsewhere, Stopped, execute
@@ -60,7 +60,8 @@ def read_roster(run: Path) -> Roster:
 def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, Any]) -> None:
     """Run ``settings["run"]`` to its end, or from its last round on. What went wrong is in RUN/failed.json."""
     folder = Path(str(settings["run"]))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    federation = open_federation(folder.parent.parent)
+    _log_to(federation.log(RUN))
     if is_held(folder):  # Flower starts what it was given before an outage, and the coordinator has gone on meanwhile
         _LOG.warning("%s is running already", folder)
         return
@@ -68,7 +69,6 @@ def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, A
     try:
         roster = read_roster(folder)
         os.chdir(roster.folder)
-        federation = open_federation(folder.parent.parent)
         nodes = {client.name: int(client.node_id) for client in clients(federation) if client.node_id}
         link = connect({name: node for name, node in nodes.items() if name in roster.clients})
         audit = AuditLog(federation.folder / "audit.jsonl")
@@ -79,8 +79,17 @@ def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, A
     except Exception as error:
         problems = [str(problem) for problem in error.problems] if isinstance(error, UserError) else [str(error)]
         kind = type(error).__name__
+        _LOG.error("%s: %s: %s", folder.name, kind, error, exc_info=not isinstance(error, FlocktuneError))
         write_json(folder / FAILED, {"kind": kind, "users_mistake": isinstance(error, UserError), "problems": problems})
         raise
+
+
+def _log_to(path: Path) -> None:
+    """What this process says: its output goes nowhere, for the SuperExec wants none."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("flocktune").addHandler(handler)
 
 
 def _engine(link: Link, roster: Roster, audit: AuditLog) -> Callable[[Assembled], Engine]:

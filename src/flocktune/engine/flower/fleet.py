@@ -54,8 +54,8 @@ HEARTBEAT_S = 15.0
 GIVEN_UP_S = 1.5
 """Between taking leave and coming back: the coordinator looks several times in between."""
 
-PATIENCE_S = 600.0
-"""How long the rest of a message is waited for."""
+PATIENCE_S = 60.0
+"""How long the rest of a message is waited for when the coordinator answers, and has none of it: its sender died."""
 
 CORRECTED_S = 300.0
 """A clock that is wrong by at most so much is made up for: Flower refuses one that is 5 s ahead."""
@@ -74,8 +74,8 @@ class NotAdmitted(FlocktuneError):
     def __init__(self, ahead_s: float, said: str) -> None:
         self.ahead_s = ahead_s
         way = "ahead of" if ahead_s > 0 else "behind"
-        wrong = f"this machine's clock is {abs(ahead_s):,.0f} s {way} the coordinator's: set it; "
-        super().__init__(f"{wrong if abs(ahead_s) > CORRECTED_S else ''}{said}")
+        wrong = f"this machine's clock is {round(abs(ahead_s), -1):,.0f} s {way} the coordinator's: set it"
+        super().__init__(wrong if abs(ahead_s) > CORRECTED_S else said)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Fleet:
     def _pull(self, arriving: Arriving, run_id: int, limit_bytes: int) -> Message:
         """All of a message. A connection that breaks in the middle is waited for: nobody sends this message again."""
         pull_object = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
-        until = time.monotonic() + PATIENCE_S
+        until, pieces = time.monotonic() + PATIENCE_S, 0
         while not self._stop.is_set():
             try:
                 with _errors_said():
@@ -197,6 +197,9 @@ class Fleet:
                     return whole
             except LinkDown as down:
                 _LOG.debug("in the middle of a message: %s", down)
+                pieces = -1
+            if len(arriving.contents) != pieces:
+                until, pieces = time.monotonic() + PATIENCE_S, len(arriving.contents)
             if time.monotonic() > until:
                 raise UpdateRefused(f"message: the rest of it did not come within {PATIENCE_S:g} s")
             self._stop.wait(0.3)
@@ -240,6 +243,14 @@ class _Signed:
         return call_next(context)
 
 
+def _detail(response: httpx.Response) -> str:
+    """What a refusal says for people."""
+    try:
+        return str(response.json()["detail"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:300]
+
+
 def _ahead_s(response: httpx.Response) -> float:
     """By how much this clock is ahead of the one that a response's Date is from; 0 when it says none."""
     try:
@@ -256,9 +267,9 @@ def _errors_said() -> Iterator[None]:
     except httpx.TransportError as error:
         raise LinkDown(str(error)) from None
     except httpx.HTTPStatusError as error:
-        code, text = error.response.status_code, error.response.text[:300]
+        code = error.response.status_code
         if code in _UNAVAILABLE:
             raise LinkDown(f"HTTP {code}") from None
         if code == 401:
-            raise NotAdmitted(_ahead_s(error.response), f"HTTP 401: {text}") from None
-        raise FlocktuneError(f"the coordinator said: HTTP {code}: {text}") from None
+            raise NotAdmitted(_ahead_s(error.response), f"HTTP 401: {_detail(error.response)}") from None
+        raise FlocktuneError(f"the coordinator said: HTTP {code}: {_detail(error.response)}") from None

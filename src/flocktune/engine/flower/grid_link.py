@@ -14,6 +14,7 @@ from flwr.app import Message
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import HttpGrid
 
 from flocktune.engine.flower.messages import MESSAGE_TYPE, content_of, parcel_of
@@ -101,5 +102,9 @@ def _as_link_down() -> Iterator[None]:
     """What is wrong with the connection is worth another try; what is wrong with a request is not."""
     try:
         yield
-    except httpx.TransportError as error:
+    except (httpx.TransportError, ObjectPushError) as error:
+        raise LinkDown(str(error)) from None
+    except httpx.HTTPStatusError as error:
+        if not error.response.is_server_error:
+            raise
         raise LinkDown(str(error)) from None

@@ -1,0 +1,136 @@
+"""What one coordinator carries: owners that answer at once, with updates of a real adapter's size.
+
+Everything is real but the training: nginx, SuperLink, SuperExec, the run's own process, and one connection an owner. All
+of it shares this machine, the owners too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.federation import flocktune, free_port, rounds
+from benchmarks.paired import Options, Result, Spread, say
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Case:
+    """``rank`` of LoRA on the base model decides how large an update is."""
+
+    owners: int
+    rank: int
+    rounds: int = 4
+
+
+def run(options: Options) -> Result:
+    """Every case with one federation. Raises RuntimeError when a command fails."""
+    cases = [Case(2, 8, 2)] if options.quick else [Case(4, 8), Case(4, 128), Case(16, 8), Case(16, 128)]
+    found = []
+    with tempfile.TemporaryDirectory(prefix="fb-") as place:
+        folder = Path(place)
+        coordinator = folder / "fed"
+        flocktune(folder, "federation", "init", str(coordinator), "--host", "127.0.0.1", "--port", str(free_port()))
+        for number in range(max(case.owners for case in cases)):
+            flocktune(folder, "federation", "enrol", str(coordinator), "--name", f"owner-{number:02d}", "--with-key")
+        flocktune(folder, "federation", "up", str(coordinator))
+        try:
+            found = [measured(folder, coordinator, case, options) for case in cases]
+        finally:
+            flocktune(folder, "federation", "down", str(coordinator))
+    rows = [
+        (
+            f"{case.owners} owners x {seen['update_bytes'] / MEGABYTE:.1f} MB",
+            f"{Spread.of(seen['round_s'])} s",
+            f"{2 * case.owners * seen['update_bytes'] / MEGABYTE / Spread.of(seen['round_s']).median:.0f} MB/s",
+            f"{case.owners / Spread.of(seen['round_s']).median:.1f}",
+        )
+        for case, seen in zip(cases, found, strict=True)
+    ]
+    return Result(
+        title="What one coordinator carries",
+        goal="none: a measurement",
+        met=None if options.quick else True,
+        header=("", "a round without training", "down and up", "updates a second"),
+        rows=rows,
+        notes=("Coordinator and owners share this machine; owners answer at once.",),
+        values={"cases": found},
+    )
+
+
+def measured(folder: Path, coordinator: Path, case: Case, options: Options) -> dict[str, Any]:
+    """Seconds of every round after the first."""
+    say(f"  {case}")
+    name = f"load-{case.owners}-{case.rank}"
+    names = [f"owner-{number:02d}" for number in range(case.owners)]
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(
+        f"name: {name}\nrounds: {case.rounds}\nmodel: {{path: {json.dumps(options.model)}}}\n"
+        f"lora: {{rank: {case.rank}}}\ndata: {{test_rows_per_category: 0}}\nallocation: {{kind: natural}}\n"
+        f"scheduling: {{selection: {{kind: named, clients: {json.dumps(names)}}}, quorum: 1.0}}\n"
+        f"runtime: {{device: cpu, threads: {options.threads}}}\n"
+    )
+    paths = [str(folder / f"{one}.bundle") for one in names]
+    owners = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.coordinator", str(folder / "keys"), *paths],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    try:
+        flocktune(folder, "federation", "run", str(coordinator), str(recipe), "--quiet")
+    finally:
+        owners.terminate()
+        owners.wait()
+    done = coordinator / "runs" / name
+    summary = json.loads((done / "summary.json").read_text())
+    return {"update_bytes": summary["bytes_up"] // (case.owners * case.rounds), "round_s": rounds(done)}
+
+
+def answer_at_once(folder: Path, bundles: list[str]) -> None:
+    """In a process of their own: owners who send back what they got, as if it were a change."""
+    from flocktune.engine.flower.fleet import Fleet
+    from flocktune.engine.parcels import UPDATE, Parcel
+    from flocktune.enrolment import read_invitation
+    from flocktune.errors import FlocktuneError
+    from flocktune.owner.home import make_home
+
+    metrics = {name: [1.0, 1.0] for name in ("loss", "tokens", "steps", "seconds", "data_seconds")}
+    update = {"weight": 1.0, "clients": 1, "metrics": metrics}
+
+    def stay(bundle: str) -> None:
+        invitation = read_invitation(Path(bundle))
+        home = make_home(folder / invitation.client, invitation)
+        fleet = Fleet(invitation.host, invitation.port, home.authority, home.key, home.node, threading.Event())
+        while True:
+            try:
+                with fleet.connected():
+                    while True:
+                        received = fleet.receive(1 << 30)
+                        if received is None or received.parcel is None:
+                            time.sleep(0.3)
+                            continue
+                        asked = received.parcel
+                        named = {key: asked.fields[key] for key in ("run", "nonce", "round", "client")}
+                        fleet.reply(received, Parcel(UPDATE, {**named, "update": update}, asked.blob))
+            except FlocktuneError as error:
+                say(f"  {error}")
+                time.sleep(1)
+
+    threads = [threading.Thread(target=stay, args=(bundle,), daemon=True) for bundle in bundles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    answer_at_once(Path(sys.argv[1]), sys.argv[2:])
