@@ -1,7 +1,7 @@
 """What one coordinator carries: owners that answer at once, with updates of a real adapter's size.
 
-Everything is real but the training: nginx, SuperLink, SuperExec, the run's own process, and one connection an owner. All
-of it shares this machine, the owners too.
+Everything is real but the training: nginx, SuperLink, SuperExec, the run's own process, and one connection an owner.
+All of it shares this machine, the owners too.
 """
 
 from __future__ import annotations
