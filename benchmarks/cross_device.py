@@ -56,8 +56,8 @@ def run(options: Options) -> Result:
         header=("", "a round", "until the first round", "peak memory"),
         rows=rows,
         notes=(
-            f"{ROWS_EACH} rows a client, one step of 4 rows a round. {many:,} clients need {growth:.2f} times the memory"
-            f" of {few}, and a round takes {slower} times as long.",
+            f"{ROWS_EACH} rows a client, one step of 4 rows a round. {many:,} clients need {growth:.2f} times the"
+            f" memory of {few}, and a round takes {slower} times as long.",
         ),
         values={"growth": growth, "cases": [{**asdict(case), **seen} for case, seen in zip(cases, found, strict=True)]},
     )

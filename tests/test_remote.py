@@ -132,11 +132,14 @@ def waiting(folder: Path) -> int:
     return sum(path.is_file() for path in folder.rglob("*"))
 
 
-def test_early_replies_wait_on_disk_and_leave_it_one_by_one(inbox: Path) -> None:
+def test_early_replies_wait_on_disk_and_leave_it_one_by_one(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: written.append(path) or write(path, data))
     link = linked({"a": Act(takes_s=9)})
     come = remote(link).run(tasks(), 4)
     next(come)
-    assert waiting(inbox) == 3, "the one that was next in order is not written"
+    assert waiting(inbox) == len(written) == 3, "the one that was next in order is not written"
     next(come)
     assert waiting(inbox) == 2
     next(come)

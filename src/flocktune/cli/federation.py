@@ -26,6 +26,9 @@ def init_command(
     port: Annotated[int, typer.Option(help="The one port that owners connect to.")] = DEFAULT_PORT,
     name: Annotated[str | None, typer.Option(help="What the federation is called; default: the folder's name.")] = None,
     superlink_port: Annotated[int | None, typer.Option(help="A port inside this machine; default: a free one.")] = None,
+    door: Annotated[
+        str, typer.Option(help="nginx, or own: a TLS proxy of yours lets only POST /v1/fleet/ through.")
+    ] = "nginx",
     renew: Annotated[
         bool, typer.Option("--renew", help="New certificates and configuration files; all else stays.")
     ] = False,
@@ -43,7 +46,7 @@ def init_command(
         return
     if host is None:
         raise UserError(Problem("--host", "the name by which owners reach this machine", "nothing"))
-    made = create_federation(folder, host, port, name, superlink_port)
+    made = create_federation(folder, host, port, name, superlink_port, door)
     write_configuration(made)
     _say(f"Made the federation {made.name} in {made.folder}, for owners at {made.host}:{made.port}.")
     _say(f"Read {folder}/CHECKLIST.md. Next: flocktune federation up {folder}")

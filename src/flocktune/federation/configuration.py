@@ -12,7 +12,7 @@ from typing import Any
 
 from flocktune.enrolment import write_private
 from flocktune.federation.layout import LOOPBACK, Federation
-from flocktune.federation.services import NAMES, NGINX, SUPEREXEC, SUPERLINK, environment, services
+from flocktune.federation.services import NGINX, SUPEREXEC, SUPERLINK, environment, services
 
 CONNECTION = "federation"
 """How the SuperLink is called in Flower's own configuration."""
@@ -34,13 +34,14 @@ def write_configuration(federation: Federation) -> None:
     }
     write_private(folder / "flower" / "config.toml", _flower_config(federation))
     write_private(federation.nginx_config, _nginx_config(federation, known))
-    for service in NAMES:
+    for service in services(federation):
         write_private(
             folder / "systemd" / f"{unit_name(federation, service)}.service", _unit(federation, service, known)
         )
-    write_private(folder / "docker" / "compose.yaml", _compose(federation, known))
-    write_private(folder / "docker" / "Dockerfile", _render("Dockerfile", known))
-    units = " ".join(unit_name(federation, service) for service in NAMES)
+    if NGINX in services(federation):
+        write_private(folder / "docker" / "compose.yaml", _compose(federation, known))
+        write_private(folder / "docker" / "Dockerfile", _render("Dockerfile", known))
+    units = " ".join(unit_name(federation, service) for service in services(federation))
     write_private(folder / "CHECKLIST.md", _render("CHECKLIST.md", {**known, "units": units}))
 
 

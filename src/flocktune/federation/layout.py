@@ -40,7 +40,8 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@=-]+")
 @dataclass(frozen=True)
 class Federation:
     """A federation on the coordinator's machine. ``host`` and ``port`` are what owners connect to (TLS, by nginx);
-    the SuperLink listens on ``127.0.0.1:superlink_port`` only. ``folder`` is absolute.
+    the SuperLink listens on ``127.0.0.1:superlink_port`` only. ``folder`` is absolute. ``door``: ``nginx``, or ``own``
+    when a TLS proxy of the coordinator's passes POST /v1/fleet/ on to the SuperLink, and nothing else.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Federation:
     host: str
     port: int
     superlink_port: int
+    door: str = "nginx"
 
     @property
     def authority(self) -> Path:
@@ -81,14 +83,16 @@ class Federation:
         return self.folder / "logs" / f"{service}.log"
 
 
-def create_federation(folder: Path, host: str, port: int, name: str | None, superlink_port: int | None) -> Federation:
+def create_federation(
+    folder: Path, host: str, port: int, name: str | None, superlink_port: int | None, door: str = "nginx"
+) -> Federation:
     """Make a federation's folder with its keys. The files for nginx and others are ``configuration.write``'s.
 
     federation.json comes last: a folder without it was never finished. ``name``: the folder's, if None.
     ``superlink_port``: a free one, if None. Raises UserError, for a folder that is there too, and OSError.
     """
     folder = folder.expanduser().resolve()
-    UserError.raise_all(_problems(folder, host, port, superlink_port))
+    UserError.raise_all(_problems(folder, host, port, superlink_port, door))
     federation = Federation(
         folder,
         secrets.token_hex(8),
@@ -96,6 +100,7 @@ def create_federation(folder: Path, host: str, port: int, name: str | None, supe
         host,
         port,
         superlink_port or _free_port(),
+        door,
     )
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -127,6 +132,7 @@ def open_federation(folder: Path) -> Federation:
             str(entries["host"]),
             int(entries["port"]),
             int(entries["superlink_port"]),
+            str(entries["door"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         where = str(folder / "federation.json")
@@ -148,8 +154,10 @@ def write_json_private(path: Path, value: Mapping[str, Any]) -> None:
     write_private(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _problems(folder: Path, host: str, port: int, superlink_port: int | None) -> list[Problem]:
+def _problems(folder: Path, host: str, port: int, superlink_port: int | None, door: str) -> list[Problem]:
     found = []
+    if door not in ("nginx", "own"):
+        found.append(Problem("--door", "nginx or own", repr(door)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fix = "Choose another folder, or with --renew write this federation's certificates and configuration anew."
         found.append(Problem(str(folder), "a new or empty folder", "one with files in it", fix))
@@ -161,7 +169,7 @@ def _problems(folder: Path, host: str, port: int, superlink_port: int | None) ->
     for where, number in (("--port", port), ("--superlink-port", superlink_port)):
         if number is not None and not 0 < number < 65536:
             found.append(Problem(where, "a port number", str(number)))
-    if port == superlink_port:
+    if port == superlink_port and door == "nginx":
         found.append(Problem("--superlink-port", "another port than --port", str(port)))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from flocktune.federation.enrolled import let_in_accepted, shut_out_removed
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import check, start
-from flocktune.federation.services import NGINX, SUPEREXEC, SUPERLINK
+from flocktune.federation.services import NGINX, SUPEREXEC, SUPERLINK, services
 
 
 def up(federation: Federation) -> Iterator[tuple[str, str]]:
@@ -21,7 +21,8 @@ def up(federation: Federation) -> Iterator[tuple[str, str]]:
         yield name, _started(federation, name)
     for client in shut_out_removed(federation):
         yield client, "shut out and forgotten"
-    yield NGINX, _started(federation, NGINX)
+    if NGINX in services(federation):
+        yield NGINX, _started(federation, NGINX)
     for client, node_id in let_in_accepted(federation).items():
         yield client, f"registered as node {node_id}"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.federation.layout import LOOPBACK, Federation
 from flocktune.federation.services import (
-    NAMES,
     NGINX,
     SUPEREXEC,
     SUPERLINK,
@@ -69,7 +68,9 @@ def start(federation: Federation, name: str) -> Started:
 
 def check(federation: Federation) -> None:
     """Raise UserError, before anything is started, when a program is missing or nginx dislikes its configuration."""
-    check_installed()
+    check_installed(federation)
+    if NGINX not in services(federation):
+        return
     said = subprocess.run(
         (*services(federation)[NGINX].command, "-t"),
         capture_output=True,
@@ -88,7 +89,7 @@ def stop(federation: Federation) -> list[str]:
     Raises UserError when something starts them again.
     """
     stopped = []
-    for name in reversed(NAMES):
+    for name in reversed(services(federation)):
         service = services(federation)[name]
         if pid_of(service) is not None:
             stopped.append(name)

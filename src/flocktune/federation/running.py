@@ -17,7 +17,7 @@ from flocktune.federation.control import ControlFailed, run_state, submit
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import answers
-from flocktune.federation.services import NAMES, RUN, SUPEREXEC, SUPERLINK
+from flocktune.federation.services import RUN, SUPEREXEC, SUPERLINK, services
 from flocktune.federation.serving import APP, FAILED, ROSTER, STOP, write_roster
 from flocktune.files import is_held, read_json, write_atomic
 from flocktune.report.events import LOG_NAME, read_events
@@ -61,7 +61,7 @@ def start(federation: Federation, folder: Path) -> str:
     """Have the run in ``folder`` started, unless it is running; gives Flower's id for it, or "". Raises UserError."""
     if is_held(folder) or is_finished(folder):
         return ""
-    silent = [name for name in NAMES if not answers(federation, name)]
+    silent = [name for name in services(federation) if not answers(federation, name)]
     if silent:
         fix = f"Start it: flocktune federation up {federation.folder}"
         raise UserError(Problem(str(federation.folder), "a federation that is up", f"no {', '.join(silent)}", fix))

@@ -39,7 +39,7 @@ class Service:
 
 
 def services(federation: Federation) -> dict[str, Service]:
-    """The federation's programs, in starting order."""
+    """The federation's programs, in starting order; without nginx when the door is the coordinator's own."""
     address = f"{LOOPBACK}:{federation.superlink_port}"
     secret = ("--superexec-auth-secret-file", str(federation.secret))
     superlink = (
@@ -58,7 +58,7 @@ def services(federation: Federation) -> dict[str, Service]:
         Service(SUPEREXEC, superexec, str(federation.secret)),
         Service(NGINX, nginx, str(federation.nginx_config)),
     )
-    return {service.name: service for service in found}
+    return {service.name: service for service in found if service.name != NGINX or federation.door == NGINX}
 
 
 def environment(federation: Federation) -> dict[str, str]:
@@ -94,13 +94,13 @@ def find_nginx() -> str | None:
     return shutil.which("nginx", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin")))
 
 
-def check_installed() -> None:
+def check_installed(federation: Federation) -> None:
     """Raise UserError, with how to install it, when a program is missing."""
     found = []
     if not Path(program("flower-superlink")).exists():
         fix = "Install it by: pip install 'flocktune[flower]'"
         found.append(Problem("flower-superlink", f"a program in {_programs()}", "nothing there", fix))
-    if find_nginx() is None:
+    if federation.door == NGINX and find_nginx() is None:
         fix = "Install it by: sudo apt install nginx-light (or: dnf install nginx). Its own service is not needed."
         found.append(Problem("nginx", "a program in PATH", "nothing there", fix))
     UserError.raise_all(found)
