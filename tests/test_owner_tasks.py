@@ -331,7 +331,7 @@ def test_no_value_in_any_place_is_too_strange_to_be_answered(
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
-    reply = bob.answer(over_the_wire(parcel))
+    reply = bob.answer(parcel)
     assert reply.kind in (FAILURE, UPDATE)
     over_the_wire(reply)
 

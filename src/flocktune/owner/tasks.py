@@ -7,7 +7,6 @@ used; the base model, the emulator and the rows are those that the owner named.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 
-from flocktune.algorithms.local import steps_per_round
 from flocktune.audit import AuditLog, nonces, rounds_taken
-from flocktune.config.load import build_config, config_digest
-from flocktune.config.schema import EMBEDDED, CustomTemplate, LocalConfig, ModelConfig, RunConfig, RuntimeConfig
+from flocktune.config.schema import EMBEDDED, ModelConfig, RunConfig, RuntimeConfig
 from flocktune.data.encoding import default_cache_folder
 from flocktune.engine.client import answer
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, Parcel
@@ -32,30 +29,19 @@ from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_
 from flocktune.owner.home import AUDIT, POLICY
 from flocktune.owner.leaving import leaving
 from flocktune.owner.policy import GB, Asked, Policy, load_policy, refusals
+from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
 from flocktune.types import ClientTask, Failure, Update
-from flocktune.wire import build_task, decode_tensors, encode_tensors, update_fields
+from flocktune.wire import decode_tensors, encode_tensors, update_fields
 
 _LOG = logging.getLogger(__name__)
-
-MOST_MICRO_BATCHES = 1_000_000
-"""Of one task. They are planned before the first one, so that many more would take all memory."""
-
-MOST_TEMPLATE_LETTERS = 10_000
-"""Of a prompt's template in a recipe: it is repeated for every row."""
 
 _LONGEST = 2000
 """Letters of a reason."""
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
 _sound_bundle = lru_cache(maxsize=2)(read_bundle)
 """Once in a process, as the model that is loaded from it: it may be gigabytes."""
-
-
-class Refused(FlocktuneError):
-    """A task that this owner does not do; the message has every reason, and is told to the coordinator."""
 
 
 class Failed(FlocktuneError):
@@ -93,7 +79,7 @@ class Owner:
         """The reply to a parcel. Never raises, whatever is wrong with it, with the training, or with the disk."""
         named: dict[str, Any] = {}
         try:
-            named = _named(parcel.fields)
+            named = read_names(parcel.fields)
             self.audit.task_received(**_record(named), kind=parcel.kind[:60], bytes=len(parcel.blob))
             return self._reply(parcel, named)
         except Exception as error:  # what a stranger sent must not end the process that holds the model
@@ -116,11 +102,11 @@ class Owner:
 
     def _do(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
         policy = load_policy(self.home / POLICY)
-        config, task = _read(parcel)
+        config, task = read_task(parcel)
         if named["nonce"] in nonces(self.home / AUDIT):
             raise Refused("this task was answered before: a replay")
         bundle = self._bundle(task) if config.method == "fedbiot" else None
-        rows = _rows_used(config.local, policy.min_rows)
+        rows = rows_used(config.local, policy.min_rows)
         asked = self._asked(config, task, len(parcel.blob), rows, bundle)
         self._refuse(policy, asked, named["run"])
         if config.method == "fedbiot" and bundle is None:
@@ -129,8 +115,8 @@ class Owner:
             return Parcel(LACKING, {**named, "digest": task.model_digest})
         self._limit(policy)
         side = self._side(config, policy, bundle)
-        self._refuse(policy, replace(asked, rows=_rows_used(config.local, side.rows)), named["run"])
-        _refuse_endless(config.local, side.rows)
+        self._refuse(policy, replace(asked, rows=rows_used(config.local, side.rows)), named["run"])
+        refuse_endless(config.local, side.rows)
         task = replace(task, tensors=decode_tensors(parcel.blob, side.expected))
         return self._let_out(leaving(policy, _trained(task, side.half)), named)
 
@@ -192,7 +178,7 @@ class Owner:
         """The emulator that was named, or the one that was received before; None when there is no sound one yet."""
         if self.emulator is not None:
             return _sound_bundle(Path(self.emulator))
-        _refuse_digest(task.model_digest)
+        refuse_no_digest(task.model_digest)
         folder = bundle_folder(default_cache_folder(), task.model_digest)
         if not folder.exists():
             return None
@@ -205,7 +191,7 @@ class Owner:
     def _receive_emulator(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
         """Keep an emulator under its digest; what has another one is thrown away."""
         policy, digest = load_policy(self.home / POLICY), parcel.fields.get("digest")
-        _refuse_digest(digest)
+        refuse_no_digest(digest)
         if self.emulator is not None or digest not in self._lacking:
             raise Refused("no emulator was asked for")
         asked = Asked(
@@ -226,73 +212,9 @@ class Owner:
         return Parcel(READY, named)
 
 
-_NAMED = {"run": str, "nonce": str, "round": int, "client": str}
-_TASK = {"round": int, "client": str, "kind": str, "seed": int, "config_digest": str, "model_digest": str}
-"""Fields and their types."""
-
-
-def _read(parcel: Parcel) -> tuple[RunConfig, ClientTask]:
-    """Recipe and task, without tensors, each checked as if a stranger had written it."""
-    recipe, fields = parcel.fields.get("recipe"), parcel.fields.get("task")
-    if not isinstance(recipe, dict) or not isinstance(fields, dict):
-        raise Refused("expected a recipe and a task, got none")
-    if set(fields) != set(_TASK) or not _typed(fields, _TASK):
-        raise Refused(f"expected a task of {', '.join(_TASK)}, got something else")
-    try:
-        config = build_config(recipe)
-    except UserError as error:  # it quotes the recipe alone
-        raise Refused(f"a recipe that can not be read: {error}") from None
-    task = build_task(fields, {})
-    if task.round != parcel.fields["round"] or task.client != parcel.fields["client"]:
-        raise Refused("the task and its parcel disagree about the round or the client")
-    if config_digest(config) != task.config_digest:
-        raise Refused("the recipe is not the one that the task is for; are both sides' flocktune of one version?")
-    if not task.round < config.rounds:
-        raise Refused(f"expected a round below the recipe's {config.rounds}, got {task.round}")
-    template = config.data.template
-    if isinstance(template, CustomTemplate):
-        letters = len(template.with_context) + len(template.without_context)
-        if letters > MOST_TEMPLATE_LETTERS:
-            raise Refused(f"data.template: expected at most {MOST_TEMPLATE_LETTERS} letters, got {letters}")
-    return config, task
-
-
-def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What every reply repeats. Raises UpdateRefused when it is not there, or no name."""
-    named = {key: fields.get(key) for key in _NAMED}
-    if not _typed(named, _NAMED):
-        raise UpdateRefused(f"message: expected {', '.join(_NAMED)}, got something else")
-    return named
-
-
-def _typed(fields: Mapping[str, Any], types: Mapping[str, type]) -> bool:
-    """Whether every field has its type, no bool for an int, and no more than a name or a number needs."""
-    return all(
-        type(fields[key]) is kind and (len(fields[key]) <= 200 if kind is str else abs(fields[key]) < 2**64)
-        for key, kind in types.items()
-    )
-
-
 def _record(named: Mapping[str, Any]) -> dict[str, Any]:
     """Of a parcel that names nothing: round -1."""
     return {"run": named.get("run", ""), "round": named.get("round", -1), "nonce": named.get("nonce", "")}
-
-
-def _refuse_digest(digest: object) -> None:
-    """Raise Refused for what is no digest: it becomes a folder's name."""
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise Refused("expected an emulator's digest, 64 hexadecimal digits, got something else")
-
-
-def _rows_used(local: LocalConfig, rows: int) -> int:
-    """Rows that can have a part in the update: a few steps see only a few, however many there are."""
-    return rows if local.steps is None else min(rows, local.steps * local.accumulate * local.batch_size)
-
-
-def _refuse_endless(local: LocalConfig, rows: int) -> None:
-    micro_batches = steps_per_round(local, rows) * local.accumulate
-    if micro_batches > MOST_MICRO_BATCHES:
-        raise Refused(f"local: expected at most {MOST_MICRO_BATCHES:,} micro-batches in a task, got {micro_batches:,}")
 
 
 def _trained(task: ClientTask, half: ClientHalf) -> Update:

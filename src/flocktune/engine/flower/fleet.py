@@ -9,26 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
@@ -36,12 +32,13 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.message import DecodeError
 
-from flocktune.engine.flower.messages import content_of, parcel_of
+from flocktune.engine.flower.messages import NODE_UNAVAILABLE, content_of, parcel_of
 from flocktune.engine.flower.objects import Arriving
+from flocktune.engine.flower.signing import CORRECTED_S, Signed, clock_ahead_s
 from flocktune.engine.parcels import LinkDown, Parcel
 from flocktune.errors import FlocktuneError, UpdateRefused
 from flocktune.files import write_atomic
@@ -51,18 +48,10 @@ _LOG = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0
 """The coordinator takes a client for gone when twice this time has passed without a sign of it."""
 
-GIVEN_UP_S = 1.5
-"""Between taking leave and coming back: the coordinator looks several times in between."""
-
 PATIENCE_S = 60.0
 """How long the rest of a message is waited for when the coordinator answers, and has none of it: its sender died."""
 
-CORRECTED_S = 300.0
-"""A clock that is wrong by at most so much is made up for: Flower refuses one that is 5 s ahead."""
-
 _UNAVAILABLE = (502, 503, 504)
-_SAME_CLOCK_S = 3.0
-"""A response says its time in whole seconds, and was on its way for a moment."""
 
 
 class NotAdmitted(FlocktuneError):
@@ -90,7 +79,8 @@ class Received:
 class Fleet:
     """One owner's connection. Every method raises LinkDown when the coordinator can not be reached, NotAdmitted.
 
-    ``stop`` ends waits. ``known``: a file for what the coordinator calls this client, to take leave by after a crash.
+    ``stop`` ends waits. ``known``: a file for what the coordinator calls this client, to take leave by after a crash;
+    beside it, in ``task``, is which task was taken last, to give it back then.
     """
 
     def __init__(self, host: str, port: int, ca: Path, key: Path, known: Path, stop: threading.Event) -> None:
@@ -98,7 +88,7 @@ class Fleet:
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise FlocktuneError(f"{key}: expected an elliptic curve key, got another kind")
         self._public = public_key_to_bytes(private.public_key())
-        self._signed = _Signed(private, self._public)
+        self._signed = Signed(private, self._public)
         # A context of the federation's own CA alone: no public authority can vouch for another server.
         self._client = FleetHttpClient.from_server_address(
             f"{host}:{port}",
@@ -106,7 +96,7 @@ class Fleet:
             root_certificates=ca.read_bytes(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperNode"), self._signed],
         )
-        self._known, self._stop = known, stop
+        self._known, self._taken, self._stop = known, known.with_name("task"), stop
         self._node = Node()
         self._forgotten = False
 
@@ -115,7 +105,9 @@ class Fleet:
         """Be there for the coordinator, with heartbeats, until the block ends."""
         self._leave_before()
         self._node = Node(node_id=self._activated())
-        write_atomic(self._known, str(self._node.node_id))
+        with suppress(OSError):  # a full disk: it matters after a crash alone
+            write_atomic(self._known, str(self._node.node_id))
+        self._give_back()
         self._forgotten, ended = False, threading.Event()
         beats = threading.Thread(target=self._beat, args=(ended,), name="heartbeat", daemon=True)
         beats.start()
@@ -133,27 +125,35 @@ class Fleet:
             with _errors_said():
                 return int(self._client.ActivateNode(request).node_id)
         except NotAdmitted as refusal:
-            error_s = abs(refusal.ahead_s - self._signed.ahead_s)
-            if error_s < _SAME_CLOCK_S or abs(refusal.ahead_s) > CORRECTED_S:
+            if not self._signed.corrected(refusal.ahead_s):
                 raise
-            self._signed.ahead_s = refusal.ahead_s
         with _errors_said():
             return int(self._client.ActivateNode(request).node_id)
 
     def _leave_before(self) -> None:
-        """Take leave for a process of this client that was killed, so that its task is given up, or given out anew.
+        """Take leave for a process of this client that was killed.
 
         A client that is still taken to be there could not come back before its heartbeats are missed.
         """
-        if self._known.exists() and (text := self._known.read_text()).isdigit() and self._deactivate(int(text)):
-            self._stop.wait(GIVEN_UP_S)
+        if self._known.exists() and (text := self._known.read_text()).isdigit():
+            self._deactivate(int(text))
 
-    def _deactivate(self, node_id: int) -> bool:
+    def _give_back(self) -> None:
+        """Say that the task that was taken last will have no answer, if it had none: it may be given out anew."""
+        if not self._taken.exists():
+            return
         try:
+            message = message_from_proto(MessageProto.FromString(self._taken.read_bytes()))
+            self._answer(Message(Error(NODE_UNAVAILABLE, "the client was started anew"), reply_to=message))
+        except (LinkDown, NotAdmitted):
+            raise
+        except (FlocktuneError, DecodeError, ValueError) as error:  # it is wanted no more, or the file is damaged
+            _LOG.debug("a task of before: %s", error)
+            self._taken.unlink(missing_ok=True)
+
+    def _deactivate(self, node_id: int) -> None:
+        with suppress(httpx.HTTPError):
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
-        except httpx.HTTPError:
-            return False
-        return True
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(0.8 * HEARTBEAT_S):
@@ -171,6 +171,8 @@ class Fleet:
             found = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not found.messages_list:
             return None
+        with suppress(OSError):
+            write_atomic(self._taken, found.messages_list[0].SerializeToString())
         message, tree = message_from_proto(found.messages_list[0]), found.message_object_trees[0]
         run_id = message.metadata.run_id
         try:
@@ -207,7 +209,19 @@ class Fleet:
 
     def reply(self, received: Received, parcel: Parcel) -> None:
         """Send the reply. Raises FlocktuneError when the coordinator does not want it any more."""
-        message = Message(content_of(parcel), reply_to=received.message)
+        self._answer(Message(content_of(parcel), reply_to=received.message))
+
+    def _answer(self, message: Message) -> None:
+        try:
+            self._push(message)
+        except (LinkDown, NotAdmitted):
+            raise
+        except FlocktuneError:
+            self._taken.unlink(missing_ok=True)
+            raise
+        self._taken.unlink(missing_ok=True)
+
+    def _push(self, message: Message) -> None:
         message.metadata.__dict__["_message_id"] = message.object_id
         request = PushMessagesRequest(
             node=self._node,
@@ -226,37 +240,12 @@ class Fleet:
                 raise FlocktuneError(f"the coordinator no longer takes this reply: {error}") from None
 
 
-@dataclass
-class _Signed:
-    """Flower's signature on every request, which is of the time: the coordinator's, as far as it is known."""
-
-    private: ec.EllipticCurvePrivateKey
-    public: bytes
-    ahead_s: float = 0.0
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        moment = datetime.fromtimestamp(time.time() - self.ahead_s, UTC).isoformat()
-        signature = sign_message(self.private, moment.encode("ascii"))
-        context.request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self.public).decode("ascii")
-        context.request.headers[TIMESTAMP_HEADER] = moment
-        context.request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode("ascii")
-        return call_next(context)
-
-
 def _detail(response: httpx.Response) -> str:
     """What a refusal says for people."""
     try:
         return str(response.json()["detail"])[:300]
     except (ValueError, KeyError, TypeError):
         return response.text[:300]
-
-
-def _ahead_s(response: httpx.Response) -> float:
-    """By how much this clock is ahead of the one that a response's Date is from; 0 when it says none."""
-    try:
-        return time.time() - parsedate_to_datetime(response.headers["date"]).timestamp()
-    except (KeyError, ValueError):
-        return 0.0
 
 
 @contextmanager
@@ -271,5 +260,5 @@ def _errors_said() -> Iterator[None]:
         if code in _UNAVAILABLE:
             raise LinkDown(f"HTTP {code}") from None
         if code == 401:
-            raise NotAdmitted(_ahead_s(error.response), f"HTTP 401: {_detail(error.response)}") from None
+            raise NotAdmitted(clock_ahead_s(error.response), f"HTTP 401: {_detail(error.response)}") from None
         raise FlocktuneError(f"the coordinator said: HTTP {code}: {_detail(error.response)}") from None

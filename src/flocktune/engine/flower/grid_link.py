@@ -17,13 +17,10 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import HttpGrid
 
-from flocktune.engine.flower.messages import MESSAGE_TYPE, content_of, parcel_of
+from flocktune.engine.flower.messages import MESSAGE_TYPE, NODE_UNAVAILABLE, content_of, parcel_of
 from flocktune.engine.flower.objects import Arriving
 from flocktune.engine.parcels import LinkDown, Lost, Parcel
 from flocktune.errors import UpdateRefused
-
-NODE_UNAVAILABLE = 5
-"""Flower's code for a client whose heartbeats have stopped."""
 
 CLOCKS_APART_S = 900.0
 """A message lives so much longer than its round: owners' clocks may differ by what Flower's signatures allow."""

@@ -14,6 +14,9 @@ from flocktune.errors import UpdateRefused
 MESSAGE_TYPE = "train"
 """Flower wants one of its own; what a parcel is says its kind."""
 
+NODE_UNAVAILABLE = 5
+"""Flower's code for a client whose heartbeats have stopped; clients that were started anew say it of themselves."""
+
 _TOLD, _TENSORS, _BLOB, _JSON = "told", "tensors", "safetensors", "json"
 
 
