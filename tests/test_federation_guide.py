@@ -163,6 +163,30 @@ def test_every_owner_of_the_trial_has_written_down_all_that_left(trial: tuple[Pa
 
 
 @pytest.mark.needs_nginx
+def test_an_owner_verifies_the_audit_log_as_the_guide_says(trial: tuple[Path, str]) -> None:
+    folder, _ = trial
+    (command,) = [line for block in blocks(section("The owner")) for line in block.splitlines() if "verify" in line]
+    home = folder / "copy"
+    shutil.copytree(folder / "owners" / "trial" / "client-01", home, ignore=shutil.ignore_patterns("*.sock"))
+
+    def said() -> str:
+        path = os.pathsep.join((str(Path(program("python")).parent), os.environ["PATH"]))
+        return subprocess.run(
+            ("bash", "-e", "-c", command),
+            cwd=home,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert said().strip() == "whole"
+    lines = (home / "audit.jsonl").read_bytes().splitlines(keepends=True)
+    (home / "audit.jsonl").write_bytes(b"".join([*lines[:1], *lines[2:]]))
+    assert "taken out" in said()
+
+
+@pytest.mark.needs_nginx
 def test_the_trial_leaves_no_process(trial: tuple[Path, str]) -> None:
     folder, _ = trial
     assert belonging(open_federation(folder / "trial")) == {}

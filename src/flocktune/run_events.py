@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
 from flocktune.models.bundle import Bundle
 from flocktune.tensors import digest
-from flocktune.types import Tensors
+from flocktune.types import Mean, Tensors
 
 
 def start_event(fed: Federation) -> dict[str, Any]:
@@ -103,7 +104,9 @@ def _seconds_per_step(rounds: Sequence[Mapping[str, Any]]) -> float | None:
 
 def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[str, Any]:
     """A round as the log tells it. Counts and means only: no data."""
-    data_s = record.metrics["data_seconds"].total
+    # A client elsewhere may leave some out; it must not end the run by that.
+    told = defaultdict(Mean, record.metrics)
+    data_s = told["data_seconds"].total
     seconds = {
         "data": data_s,
         "forward_backward": record.seconds["train"] - data_s,
@@ -113,13 +116,14 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
     }
     clients = {
         name: {
-            "loss": client.metrics["loss"].value,
+            "loss": metrics["loss"].value,
             "weight": client.weight,
-            "tokens": client.metrics["tokens"].total,
-            "seconds": client.metrics["seconds"].total,
-            "steps": client.metrics["steps"].total,
+            "tokens": metrics["tokens"].total,
+            "seconds": metrics["seconds"].total,
+            "steps": metrics["steps"].total,
         }
         for name, client in record.clients.items()
+        for metrics in [defaultdict(Mean, client.metrics)]
     }
     return {
         "event": "round",
@@ -127,13 +131,13 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         "selected": list(record.selected),
         "answered": list(record.clients),
         "failures": [{"client": failure.client, "reason": failure.reason} for failure in record.failures],
-        "train_loss": record.metrics["loss"].value,
+        "train_loss": told["loss"].value,
         "clients": clients,
         "update_norm": record.update_norm,
         "aggregation_error": record.diagnostics.get("aggregation_error"),
         **({"staleness": record.diagnostics["staleness"]} if "staleness" in record.diagnostics else {}),
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
-        "tokens": record.metrics["tokens"].total,
+        "tokens": told["tokens"].total,
         "seconds": seconds,
     }

@@ -213,6 +213,9 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             selection.kind,
             "For example: {kind: named, clients: [client-01]}.",
         )
+    if isinstance(selection, schema.Named) and len(set(selection.clients)) < len(selection.clients):
+        twice = next(name for name in selection.clients if selection.clients.count(name) > 1)
+        yield Problem("scheduling.selection.clients", "every client once", f"{twice!r} more than once")
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:

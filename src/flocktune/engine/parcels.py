@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from flocktune.errors import FlocktuneError, UpdateRefused
@@ -34,16 +35,20 @@ REASON_LIMIT = 2000
 
 @dataclass(frozen=True)
 class Parcel:
-    """``kind`` says what it is, ``fields`` are plain values, ``blob`` holds tensors or is empty."""
+    """``kind`` says what it is, ``fields`` are plain values, ``blob`` holds tensors or is empty.
+
+    ``digest``: of the blob, when it is known already, as of one that many clients are sent.
+    """
 
     kind: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     blob: bytes = b""
+    digest: str = ""
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the blob: what both sides' audit logs know a parcel by."""
-        return sha256_bytes(self.blob)
+        return self.digest or sha256_bytes(self.blob)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from flocktune.config.engines import FlowerEngine
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel, shown
 from flocktune.engine.rounds import check_update
 from flocktune.errors import UpdateRefused
+from flocktune.files import sha256_bytes
 from flocktune.interfaces import Issued, Memory
 from flocktune.types import ClientTask, Failure, Tensors, Update
 from flocktune.wire import build_update, decode_tensors, encode_tensors, task_fields
@@ -73,19 +74,23 @@ class Federated:
 
 @dataclass
 class Remote:
-    """Clients behind ``link``. ``note(event, **facts)`` is told what left and what came, for the audit log."""
+    """Clients behind ``link``. ``note(event, **facts)`` is told what left and what came, for the audit log.
+
+    ``folder``: where replies wait for their turn; None is the system's folder for such files, which may be memory.
+    """
 
     link: Link
     settings: FlowerEngine
     common: Federated
     note: Callable[..., object] = lambda event, **facts: None
+    folder: Path | None = None
     memories: dict[str, Memory] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
 
     def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
         """One reply for each task, in task order."""
-        with tempfile.TemporaryDirectory(prefix="flocktune-inbox-") as inbox:
+        with self._inbox() as inbox:
             exchange = _Exchange(self, Path(inbox))
             order = [exchange.give(task) for task in tasks]
             for client in order:
@@ -97,7 +102,7 @@ class Remote:
 
     def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
         """Replies as they come, each with its task."""
-        with tempfile.TemporaryDirectory(prefix="flocktune-inbox-") as inbox:
+        with self._inbox() as inbox:
             exchange, tasks = _Exchange(self, Path(inbox)), dict[str, ClientTask]()
             while True:
                 given = {exchange.give(issued.task): issued.task for issued in iter(issue, None)}
@@ -110,6 +115,10 @@ class Remote:
                     exchange.advance()
                 client = next(iter(exchange.settled))
                 yield tasks.pop(client), exchange.take(client)
+
+    def _inbox(self) -> tempfile.TemporaryDirectory[str]:
+        """Named so that a run's folder is cleared of what a killed process left."""
+        return tempfile.TemporaryDirectory(prefix=".inbox.", suffix=".tmp", dir=self.folder)
 
 
 @dataclass
@@ -135,7 +144,7 @@ class _Exchange:
         self.open: dict[str, _Open] = {}
         self.settled: dict[str, Callable[[], Update | Failure]] = {}
         self.updates = 0
-        self._last: tuple[Tensors, bytes] | None = None
+        self._last: tuple[Tensors, bytes, str] | None = None
 
     def give(self, task: ClientTask) -> str:
         """Take a task on; it is sent by :meth:`look`. Raises ValueError for a client that has one already."""
@@ -193,20 +202,21 @@ class _Exchange:
         named = {"run": common.run, "nonce": item.nonce, "round": task.round, "client": task.client}
         if item.delivering:
             return Parcel(EMULATOR, {**named, "digest": task.model_digest}, emulator())
-        blob = self._encoded(task.tensors)
+        blob, digest = self._encoded(task.tensors)
         item.task_bytes = len(blob)
-        return Parcel(TASK, {**named, "task": task_fields(task), "recipe": common.recipe}, blob)
+        return Parcel(TASK, {**named, "task": task_fields(task), "recipe": common.recipe}, blob, digest)
 
     def _encoded_emulator(self) -> bytes:
         """All that lack it are sent the same bytes, which are not kept."""
         assert self.remote.common.emulator is not None
         return encode_tensors(self.remote.common.emulator())
 
-    def _encoded(self, tensors: Tensors) -> bytes:
-        """The clients of a round receive the same tensors: they are encoded once."""
+    def _encoded(self, tensors: Tensors) -> tuple[bytes, str]:
+        """Bytes and their digest. The clients of a round receive the same tensors: they are encoded once."""
         if self._last is None or self._last[0] is not tensors:
-            self._last = (tensors, encode_tensors(tensors))
-        return self._last[1]
+            blob = encode_tensors(tensors)
+            self._last = (tensors, blob, sha256_bytes(blob))
+        return self._last[1:]
 
     def _receive(self, next_in_order: str) -> None:
         asked = {client: item.asked for client, item in self.open.items() if item.asked}

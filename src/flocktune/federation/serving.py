@@ -73,7 +73,7 @@ def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, A
         link = connect({name: node for name, node in nodes.items() if name in roster.clients})
         audit = AuditLog(federation.folder / "audit.jsonl")
         with _stop_file(folder / STOP) as stop:
-            execute(folder, stop=stop, elsewhere=Elsewhere(roster.clients, _engine(link, roster, audit)))
+            execute(folder, stop=stop, elsewhere=Elsewhere(roster.clients, _engine(link, roster, audit, folder)))
     except Stopped:
         pass
     except Exception as error:
@@ -92,7 +92,7 @@ def _log_to(path: Path) -> None:
     logging.getLogger("flocktune").addHandler(handler)
 
 
-def _engine(link: Link, roster: Roster, audit: AuditLog) -> Callable[[Assembled], Engine]:
+def _engine(link: Link, roster: Roster, audit: AuditLog, folder: Path | None = None) -> Callable[[Assembled], Engine]:
     def make(fed: Assembled) -> Engine:
         bundle = fed.emulated.bundle if fed.emulated else None
         common = Federated(
@@ -103,7 +103,7 @@ def _engine(link: Link, roster: Roster, audit: AuditLog) -> Callable[[Assembled]
             emulator_bytes=bundle.bytes if bundle else 0,
         )
         settings = fed.config.engine if isinstance(fed.config.engine, FlowerEngine) else FlowerEngine()
-        return Remote(link, settings, common, audit.append)
+        return Remote(link, settings, common, audit.append, folder)
 
     return make
 

@@ -7,10 +7,10 @@ that has them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
@@ -42,8 +42,9 @@ class GridLink:
 
     def send(self, parcels: Mapping[str, Parcel], lifetime_s: float) -> Mapping[str, str]:
         """Send each client its parcel; all in one call, so that what they share is stored once."""
+        carried: dict[int, ArrayRecord] = {}
         messages = [
-            Message(content_of(parcel), self._nodes[client], MESSAGE_TYPE, ttl=lifetime_s + CLOCKS_APART_S)
+            Message(content_of(parcel, carried), self._nodes[client], MESSAGE_TYPE, ttl=lifetime_s + CLOCKS_APART_S)
             for client, parcel in parcels.items()
         ]
         with _as_link_down():
@@ -76,7 +77,7 @@ class GridLink:
             except UpdateRefused as refusal:
                 reply = Lost(str(refusal))
             del self._arriving[number]
-            with _as_link_down():
+            with suppress(LinkDown), _as_link_down():  # it lies there until the run is over, no more
                 runtime.ConfirmMessageReceived(
                     ConfirmMessageReceivedRequest(
                         node=self._grid.node, run_id=run_id, message_object_id=arriving.tree.object_id

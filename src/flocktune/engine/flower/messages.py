@@ -20,14 +20,15 @@ NODE_UNAVAILABLE = 5
 _TOLD, _TENSORS, _BLOB, _JSON = "told", "tensors", "safetensors", "json"
 
 
-def content_of(parcel: Parcel) -> RecordDict:
-    """What carries a parcel."""
+def content_of(parcel: Parcel, carried: dict[int, ArrayRecord] | None = None) -> RecordDict:
+    """What carries a parcel. ``carried``: records by the identity of their bytes, so that what many parcels share is
+    cut into pieces and hashed once."""
     told = ConfigRecord({_JSON: to_text(parcel)})
-    return RecordDict({_TOLD: told, _TENSORS: ArrayRecord({_BLOB: _array(parcel.blob)} if parcel.blob else {})})
-
-
-def _array(blob: bytes) -> Array:
-    return Array("uint8", (len(blob),), "safetensors", blob)
+    known = {} if carried is None else carried
+    if id(parcel.blob) not in known:
+        blob = Array("uint8", (len(parcel.blob),), "safetensors", parcel.blob)
+        known[id(parcel.blob)] = ArrayRecord({_BLOB: blob} if parcel.blob else {})
+    return RecordDict({_TOLD: told, _TENSORS: known[id(parcel.blob)]})
 
 
 def parcel_of(content: RecordDict) -> Parcel:
