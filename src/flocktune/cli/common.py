@@ -37,3 +37,13 @@ def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def needs_extra(module: str, extra: str) -> None:
+    """Raise UserError, saying what to install, when a library of an extra is missing."""
+    from importlib.util import find_spec
+
+    from flocktune.errors import Problem, UserError
+
+    if find_spec(module) is None:
+        raise UserError(Problem(module, "installed", "not found", f"pip install 'flocktune[{extra}]'"))

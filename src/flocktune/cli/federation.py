@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flocktune.cli.common import app, console
+from flocktune.cli.common import app, console, needs_extra
 
 if TYPE_CHECKING:
     from flocktune.federation.layout import Federation
 
 federation = typer.Typer(help="A real federation: the coordinator's verbs.", no_args_is_help=True)
 app.add_typer(federation, name="federation")
+
+
+@federation.callback()
+def _flower_is_there() -> None:
+    needs_extra("flwr", "flower")
+
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
 DEFAULT_PORT = 8443

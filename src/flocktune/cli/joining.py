@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flocktune.cli.common import app, console, escaped
+from flocktune.cli.common import app, console, escaped, needs_extra
 
 if TYPE_CHECKING:
     from flocktune.enrolment import Invitation
@@ -35,6 +36,7 @@ def join(
     ] = False,
 ) -> None:
     """Take part in a federation with your own data. Ctrl-C ends it; what is being trained is given up."""
+    needs_extra("flwr", "flower")
     from flocktune.enrolment import read_invitation
     from flocktune.interrupts import stop_on_signals
     from flocktune.owner.home import default_home, make_home, write_enrolment
@@ -42,6 +44,7 @@ def join(
     from flocktune.owner.worker import Settings
 
     invitation = read_invitation(bundle)
+    _refuse_missing({"--data": data, "--emulator": emulator})
     own = make_home(home or default_home(invitation), invitation)
     settings = Settings(
         client=invitation.client,
@@ -72,6 +75,17 @@ def join(
     say(f"policy and audit log: {own.folder}")
     with stop_on_signals(lambda text: say("stopping")) as stop:
         stay(invitation, own, settings, say, stop)
+
+
+def _refuse_missing(paths: Mapping[str, Path | None]) -> None:
+    """Now, and not when the first task has come."""
+    from flocktune.errors import Problem, UserError
+
+    UserError.raise_all(
+        Problem(option, "a file or folder", f"nothing at {path}")
+        for option, path in paths.items()
+        if path is not None and not path.expanduser().exists()
+    )
 
 
 def _check(invitation: Invitation, own: Home, settings: Settings) -> int:
