@@ -45,6 +45,7 @@ def run(options: Options) -> Result:
         flocktune(folder, "federation", "up", str(coordinator))
         try:
             found = [measured(folder, coordinator, case, options) for case in cases]
+            asked_a_second = questions(folder, 2 if options.quick else 8, seconds=2.0 if options.quick else 15.0)
         finally:
             flocktune(folder, "federation", "down", str(coordinator))
     rows = [
@@ -62,8 +63,11 @@ def run(options: Options) -> Result:
         met=None if options.quick else True,
         header=("", "a round without training", "down and up", "updates a second"),
         rows=rows,
-        notes=("Coordinator and owners share this machine; owners answer at once.",),
-        values={"cases": found},
+        notes=(
+            "Coordinator and owners share this machine; owners answer at once. When they only ask for work, which there is"
+            f" none of, the coordinator answers {asked_a_second:.0f} times a second.",
+        ),
+        values={"cases": found, "questions_a_second": asked_a_second},
     )
 
 
@@ -93,6 +97,33 @@ def measured(folder: Path, coordinator: Path, case: Case, options: Options) -> d
     done = coordinator / "runs" / name
     summary = json.loads((done / "summary.json").read_text())
     return {"update_bytes": summary["bytes_up"] // (case.owners * case.rounds), "round_s": rounds(done)}
+
+
+def questions(folder: Path, owners: int, seconds: float) -> float:
+    """How often a second the coordinator says that there is nothing to do, to owners who do nothing but ask."""
+    from flocktune.engine.flower.fleet import Fleet
+    from flocktune.enrolment import read_invitation
+    from flocktune.owner.home import make_home
+
+    say("  questions for work")
+    counts = [0] * owners
+
+    def ask(number: int) -> None:
+        invitation = read_invitation(folder / f"owner-{number:02d}.bundle")
+        home = make_home(folder / "keys" / invitation.client, invitation)
+        fleet = Fleet(invitation.host, invitation.port, home.authority, home.key, home.node, threading.Event())
+        with fleet.connected():
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                fleet.receive(1 << 20)
+                counts[number] += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(owners)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / seconds
 
 
 def answer_at_once(folder: Path, bundles: list[str]) -> None:

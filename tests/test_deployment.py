@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from flocktune.owner.home import make_home
 from flocktune.owner.join import try_to_connect
 from real_federation import (
     Deployed,
+    Owner,
     audit_of,
     coordinator,
     owner_of,
@@ -81,6 +83,10 @@ def one_process(cli: Callable[..., Said], deployed: Deployed, out: Path, *overri
     return str(read_json(out / "summary.json")["adapter_sha256"])
 
 
+def tasks_of(owner: Owner) -> list[dict[str, Any]]:
+    return [record for record in audit_of(owner, "task_received") if record["kind"] == "task"]
+
+
 def on_the_wire(deployed: Deployed) -> int:
     """Bytes that went through nginx for tasks and updates, in both directions, with headers; no idle polling."""
     calls = r'"POST /v1/fleet/(?:push|pull|confirm)-\S+ HTTP[^"]*" 200 (\d+) (\d+)'
@@ -108,8 +114,8 @@ def test_fedbiot_too_and_the_emulator_comes_once(deployed: Deployed, cli: Callab
     """... and a client that is killed at its task, and started anew, does it then."""
     carl = deployed.owners["carl"]
     run = subprocess.Popen((program("flocktune"), "federation", "run", deployed.folder, deployed.recipe, *FEDBIOT))
-    before = len(audit_of(carl, "task_received"))
-    wait_until(lambda: len(audit_of(carl, "task_received")) > before + 1, "carl to be at work")
+    before = len(tasks_of(carl))
+    wait_until(lambda: len(tasks_of(carl)) == before + 2, "carl to have the emulator, and be at work")
     carl.kill()
     carl.kill_worker()
     carl.join()

@@ -103,7 +103,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
         shell = subprocess.Popen(
             ("bash", "-e", "-c", script),
             cwd=folder,
-            env={**own, "PATH": path},
+            env={**own, "PATH": path, "CUDA_VISIBLE_DEVICES": ""},  # the same bits are promised on CPUs
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,

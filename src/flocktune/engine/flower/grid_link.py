@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.superlink.grid import HttpGrid
 
 from flocktune.engine.flower.messages import MESSAGE_TYPE, NODE_UNAVAILABLE, content_of, parcel_of
-from flocktune.engine.flower.objects import Arriving
+from flocktune.engine.flower.objects import Arriving, BrokenOff
 from flocktune.engine.parcels import LinkDown, Lost, Parcel
 from flocktune.errors import UpdateRefused
 
@@ -74,6 +74,8 @@ class GridLink:
                 if message is None:
                     continue
                 reply = _reply_of(message)
+            except BrokenOff as broken:
+                reply = Lost(str(broken), again=True)
             except UpdateRefused as refusal:
                 reply = Lost(str(refusal))
             del self._arriving[number]

@@ -25,6 +25,10 @@ MOST_OBJECTS = 100_000
 """Pieces are of 5 MiB: this is far above any message that flocktune sends."""
 
 
+class BrokenOff(UpdateRefused):
+    """The rest of a message will not come: Flower has given it up, some minutes after its sender did."""
+
+
 @dataclass
 class Arriving:
     """A message whose objects are on their way."""
@@ -36,7 +40,7 @@ class Arriving:
     def pull(self, pull_object: Callable[[str], bytes], limit_bytes: int) -> Message | None:
         """Pull what is there. The message when it is whole, None when some of it has not been sent yet.
 
-        Raises UpdateRefused when it is larger than ``limit_bytes``, or can not be put together.
+        Raises UpdateRefused when it is larger than ``limit_bytes``, or can not be put together, and BrokenOff.
         """
         wanted = [node.object_id for node in iterate_object_tree(self.tree)]
         if len(wanted) > MOST_OBJECTS:
@@ -52,7 +56,9 @@ class Arriving:
             message = inflate_object_from_contents(self.tree.object_id, self.contents)
         except ObjectUnavailableError:
             return None
-        except (ObjectPullError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except ObjectPullError as error:
+            raise BrokenOff(f"message: its sender broke off ({error})") from None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UpdateRefused(f"message: can not be put together ({type(error).__name__}: {error})") from None
         message.__dict__["_metadata"].__dict__["_message_id"] = self.tree.object_id
         return cast(Message, message)
