@@ -399,7 +399,7 @@ def test_a_reply_that_is_not_wanted_any_more_is_dropped(stayed: Any) -> None:
 def test_who_is_not_admitted_says_so_once_and_tries_again(stayed: Any) -> None:
     told = stayed(connects=[NotAdmitted(0.0, "HTTP 401")] * 5, tasks=[task_of()])
     (first, *rest) = told.said
-    assert first.startswith("not let in yet: the key is not enrolled, or this clock is wrong (HTTP 401)")
+    assert first.startswith("not let in yet: the key is not enrolled (HTTP 401)")
     assert rest == ["connected; waiting for tasks", "round 5: trained; 5 bytes leave"]
 
 

@@ -29,7 +29,7 @@ from flocktune.models.load import model_digest
 from flocktune.models.split import plan_split
 from flocktune.owner import readiness as ready
 from flocktune.owner.policy import GB, Policy
-from flocktune.owner.reach import CLOCK_AHEAD_S, CLOCK_BEHIND_S, Finding, check_coordinator, check_network
+from flocktune.owner.reach import CLOCK_APART_S, Finding, check_coordinator, check_network
 
 x509 = pytest.importorskip("cryptography.x509", reason="cryptography comes with flocktune[flower]")
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
@@ -234,8 +234,9 @@ def test_a_control_api_that_answers_from_outside(authority: Authority, tmp_path:
     ("ahead_s", "ok", "said"),
     [
         (200, True, "200 s behind the coordinator's"),
-        (-60, False, "60 s ahead of the coordinator's; at most 5 s ahead or 305 s behind"),
-        (400, False, "400 s behind the coordinator's; at most 5 s ahead or 305 s behind"),
+        (-200, True, "200 s ahead of the coordinator's"),
+        (-400, False, "400 s ahead of the coordinator's; at most 300 s are made up for"),
+        (400, False, "400 s behind the coordinator's; at most 300 s are made up for"),
     ],
 )
 def test_clocks_that_differ(authority: Authority, tmp_path: Path, ahead_s: float, ok: bool, said: str) -> None:
@@ -251,10 +252,9 @@ def test_a_server_that_does_not_say_its_time(authority: Authority, tmp_path: Pat
         assert look(port, authority.pem)["clock"].ok is None
 
 
-def test_the_window_is_that_of_flower() -> None:
-    constant = pytest.importorskip("flwr.common.constant", reason="Flower is an extra")
-    assert constant.SYSTEM_TIME_TOLERANCE == CLOCK_AHEAD_S
-    assert constant.TIMESTAMP_TOLERANCE + constant.SYSTEM_TIME_TOLERANCE == CLOCK_BEHIND_S
+def test_the_window_is_that_of_the_signatures() -> None:
+    signing = pytest.importorskip("flocktune.engine.flower.signing", reason="Flower is an extra")
+    assert signing.CORRECTED_S == CLOCK_APART_S
 
 
 # --- what lies here --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 BUSY_S, QUIET_S = 0.3, 3.0
 """Between two looks for a task: soon after one, and when there has been none for a while."""
 
-AGAIN_S, LONGEST_AGAIN_S = 1.0, 30.0
+AGAIN_S, LONGEST_AGAIN_S = 1.0, 15.0
 """Between two tries to connect: at first, and at most."""
 
 
@@ -75,7 +75,7 @@ class _Stay:
                     wait_s = AGAIN_S
                     self._serve()
             except NotAdmitted as refusal:
-                self._say_once(f"not let in yet: the key is not enrolled, or this clock is wrong ({refusal})")
+                self._say_once(f"not let in yet: {refusal}")
             except LinkDown as down:
                 self._say_once(f"no connection ({down}); trying again")
             except FlocktuneError as error:

@@ -64,7 +64,7 @@ class NotAdmitted(FlocktuneError):
         self.ahead_s = ahead_s
         way = "ahead of" if ahead_s > 0 else "behind"
         wrong = f"this machine's clock is {round(abs(ahead_s), -1):,.0f} s {way} the coordinator's: set it"
-        super().__init__(wrong if abs(ahead_s) > CORRECTED_S else said)
+        super().__init__(wrong if abs(ahead_s) > CORRECTED_S else f"the key is not enrolled ({said})")
 
 
 @dataclass(frozen=True)
