@@ -173,7 +173,7 @@ def _let_in(federation: Federation, client: Client) -> str:
     lost = [node.id for node in list_nodes(federation) if node.id not in ours and node.status != "unregistered"]
     if len(lost) == 1:
         return lost[0]
-    fix = f"Shut it out (--remove {client.name}), and invite it anew. Its owner deletes key and node, and joins again."
+    fix = f"Shut it out (--remove {client.name}) and invite it anew. It deletes key and node, and join makes a new key."
     raise UserError(Problem(client.name, "a key that was never registered before", "an old one", fix))
 
 

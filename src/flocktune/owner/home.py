@@ -3,6 +3,7 @@
 HOME/key           the private key        HOME/policy.yaml   what this owner allows
 HOME/ca.pem        whom it trusts         HOME/audit.jsonl   every task, refusal and update
 HOME/worker.sock   where its worker is    HOME/worker.log    what that one said
+HOME/node          what the coordinator calls this client    HOME/task   what it is at: given back after a crash
 """
 
 from __future__ import annotations
