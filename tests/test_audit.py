@@ -31,7 +31,7 @@ def send(log: AuditLog, run: str, round: int, nonce: str) -> None:
 
 
 def test_records_are_read_back_in_order_with_their_fields(log: AuditLog) -> None:
-    log.joined(federation="clinics", name="hospital-a", data_digest="a" * 64, rows=7)
+    log.joined(federation="clinics", name="hospital-a", data_digest="a" * 64)
     log.task_received(run="run-1", round=0, nonce="n", kind="fedavg", bytes=12)
     log.task_refused(run="run-1", round=0, nonce="n", reasons=["policy: too late", "x" * 5000])
     send(log, "run-1", 1, "m")

@@ -90,9 +90,9 @@ class AuditLog:
             UPDATE_LEFT, run=run, round=round, nonce=nonce, digest=digest, bytes=bytes, tensors=tensors, weight=weight
         )
 
-    def joined(self, *, federation: str, name: str, data_digest: str, rows: int) -> str:
-        """This side began to take part."""
-        return self.append(JOINED, federation=federation, name=name, data_digest=data_digest, rows=rows)
+    def joined(self, *, federation: str, name: str, data_digest: str) -> str:
+        """This side began to take part, with the data of this SHA-256."""
+        return self.append(JOINED, federation=federation, name=name, data_digest=data_digest)
 
     def left(self, *, federation: str, name: str, reason: str) -> str:
         """This side stopped taking part."""

@@ -9,12 +9,13 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from flocktune.engine.flower.fleet import Fleet, NotAdmitted, Received
 from flocktune.engine.parcels import FAILURE, LinkDown, Parcel
 from flocktune.enrolment import Invitation
 from flocktune.errors import FlocktuneError, UserError
-from flocktune.files import exclusive
+from flocktune.files import exclusive, sha256_path
 from flocktune.owner.home import Home
 from flocktune.owner.policy import MB, Policy, load_policy
 from flocktune.owner.worker import Settings, Worker
@@ -39,7 +40,8 @@ def join(
     worker = Worker(settings)
     with exclusive(home.folder):
         fleet = _fleet(invitation, home, stop)
-        home.audit.joined(federation=invitation.federation, name=invitation.client, data_digest="", rows=0)
+        digest = sha256_path(Path(settings.data))
+        home.audit.joined(federation=invitation.federation, name=invitation.client, data_digest=digest)
         try:
             _Stay(home, worker, fleet, say, stop).until_stopped()
         finally:

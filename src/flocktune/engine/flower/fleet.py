@@ -261,4 +261,7 @@ def _errors_said() -> Iterator[None]:
             raise LinkDown(f"HTTP {code}") from None
         if code == 401:
             raise NotAdmitted(clock_ahead_s(error.response), f"HTTP 401: {_detail(error.response)}") from None
+        if code == 412:  # one code for all reasons not to be let in
+            why = "its key is not enrolled, or was removed, or another process is connected with it"
+            raise FlocktuneError(f"the coordinator does not let this client in yet: {why}") from None
         raise FlocktuneError(f"the coordinator said: HTTP {code}: {_detail(error.response)}") from None
