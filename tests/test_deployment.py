@@ -24,6 +24,7 @@ from flocktune.files import read_json
 from flocktune.owner.home import make_home
 from flocktune.owner.join import try_to_connect
 from real_federation import (
+    PATIENCE_S,
     Deployed,
     Owner,
     audit_of,
@@ -113,13 +114,15 @@ def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, cli: Callable[.
 def test_fedbiot_too_and_the_emulator_comes_once(deployed: Deployed, cli: Callable[..., Said], tmp_path: Path) -> None:
     """... and a client that is killed at its task, and started anew, does it then."""
     carl = deployed.owners["carl"]
-    run = subprocess.Popen((program("flocktune"), "federation", "run", deployed.folder, deployed.recipe, *FEDBIOT))
+    command = (program("flocktune"), "federation", "run", deployed.folder, deployed.recipe, *FEDBIOT)
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(command, stdout=said, stderr=said)
     before = len(tasks_of(carl))
     wait_until(lambda: len(tasks_of(carl)) == before + 2, "carl to have the emulator, and be at work")
     carl.kill()
     carl.kill_worker()
     carl.join()
-    assert run.wait() == 0
+    assert run.wait(2 * PATIENCE_S) == 0, (tmp_path / "said").read_text()
     assert [sorted(event["answered"]) for event in deployed.rounds("biot")] == [list(NAMES), list(NAMES)]
     assert deployed.summary("biot")["adapter_sha256"] == one_process(cli, deployed, tmp_path / "one", *FEDBIOT)
     for owner in (deployed.owners[name] for name in NAMES if name != "carl"):

@@ -23,7 +23,7 @@ import pytest
 from flocktune.audit import read_audit
 from flocktune.engine.flower.fleet import NotAdmitted, Received
 from flocktune.engine.parcels import FAILURE, TASK, UPDATE, LinkDown, Parcel, to_text
-from flocktune.enrolment import Invitation
+from flocktune.enrolment import Invitation, public_key_of
 from flocktune.errors import FlocktuneError, Problem, UpdateRefused, UserError
 from flocktune.owner import join as stay
 from flocktune.owner import worker as workers
@@ -512,3 +512,18 @@ def test_two_processes_do_not_share_a_home(stayed: Any, home: Home) -> None:
     with exclusive(home.folder), pytest.raises(UserError, match="another process holds"):
         stayed()
     assert list(read_audit(home.folder / AUDIT)) == []
+
+
+def test_a_home_belongs_to_one_federation_and_a_new_invitation_means_a_new_key(tmp_path: Path) -> None:
+    open_invitation = replace(INVITATION, private_key=None, secret="ab" * 32)
+    home = make_home(tmp_path / "home", open_invitation)
+    assert make_home(tmp_path / "home", open_invitation).public_key == home.public_key
+    with pytest.raises(UserError, match="--home"):
+        make_home(tmp_path / "home", replace(open_invitation, federation_id="another"))
+    # Invited anew before it was ever let in: the key is as good as it was.
+    assert make_home(tmp_path / "home", replace(open_invitation, secret="cd" * 32)).public_key == home.public_key
+    home.node.write_text("17")  # it was let in; a further invitation means that it was removed since
+    again = make_home(tmp_path / "home", replace(open_invitation, secret="ef" * 32))
+    assert again.public_key != home.public_key
+    assert not home.node.exists(), "so that join writes a request"
+    assert public_key_of((home.folder / "key.before").read_bytes()) == home.public_key

@@ -26,7 +26,7 @@ def run(
     from flocktune.config.load import load_recipe
     from flocktune.errors import Problem, UserError
     from flocktune.federation.layout import open_federation
-    from flocktune.federation.running import begin, follow, resumable, start
+    from flocktune.federation.running import ask_to_stop, begin, follow, resumable, start
     from flocktune.interrupts import stop_on_signals
     from flocktune.report.html import write_report
     from flocktune.report.live import LiveView
@@ -53,7 +53,8 @@ def run(
         problems.print(f"Stopped. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        problems.print(f"Not watching any more; the run goes on. Watch it: {again}", soft_wrap=True)
+        ask_to_stop(place)
+        problems.print(f"Not watching any more; the run ends after this round. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(comparison_table({str(summary["method"]): summary}))
     console.print(f"Report: {write_report(place)}", soft_wrap=True)

@@ -23,6 +23,7 @@ from flocktune.enrolment import (
     write_request,
 )
 from flocktune.errors import Problem, UserError
+from flocktune.files import sha256_bytes
 from flocktune.owner.policy import write_policy
 
 AUDIT, POLICY = "audit.jsonl", "policy.yaml"
@@ -68,15 +69,28 @@ class Home:
 
 
 def make_home(folder: Path, invitation: Invitation) -> Home:
-    """Make what is missing: the folder, a key, a policy to edit. Raises UserError."""
+    """Make what is missing: the folder, a key, a policy to edit. Raises UserError, also for another federation's home.
+
+    A new invitation to a client that was let in before means that it was removed, and a removed key never comes back:
+    then a new key is made, and the old one kept as ``key.before``.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        key = folder / "key"
+        key, node, known = folder / "key", folder / "node", folder / "invited"
+        mine = [invitation.federation_id, sha256_bytes((invitation.secret or invitation.private_key or "").encode())]
+        before = known.read_text().split() if known.exists() else mine
+        if before[0] != mine[0]:
+            fix = "Its coordinator is another one. Choose another folder: --home"
+            raise UserError(Problem(str(folder), f"the home for federation {mine[0]}", f"{before[0]}'s", fix))
+        if before != mine and node.exists():
+            key.replace(folder / "key.before")
+            node.unlink()
         if invitation.private_key is not None:
             write_private(key, invitation.private_key)
         elif not key.exists():
             write_private(key, new_private_key())
+        write_private(known, " ".join(mine))
         write_private(folder / "ca.pem", invitation.ca)
         if not (folder / POLICY).exists():
             write_policy(folder / POLICY)
@@ -88,6 +102,11 @@ def make_home(folder: Path, invitation: Invitation) -> Home:
 
 
 def write_enrolment(home: Home, invitation: Invitation, path: Path) -> str:
-    """Write the request that the coordinator must accept, once; gives the key's fingerprint."""
-    write_request(path, make_request(invitation, home.public_key))
+    """Write the request that the coordinator must accept; gives the key's fingerprint. Raises UserError."""
+    try:
+        write_request(path, make_request(invitation, home.public_key))
+    except OSError as error:
+        raise UserError(
+            Problem(str(path), "a file that can be written", str(error), "Join from another folder.")
+        ) from None
     return fingerprint(home.public_key)

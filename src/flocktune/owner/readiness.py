@@ -150,7 +150,8 @@ def check_models(model: str | None, emulator: Path | None, policy: Policy) -> li
         findings.append(_digest("model", lambda: model_digest(ModelConfig(path=model)), policy))
     if emulator is not None:
         findings.append(_digest("emulator", lambda: read_bundle(emulator).digest, policy))
-    return findings or [Finding("model", None, "none was named: the embedded one, or with FedBiOT the emulator that comes with the first task")]
+    unnamed = "none was named: the embedded one, or with FedBiOT the emulator that comes with the first task"
+    return findings or [Finding("model", None, unnamed)]
 
 
 def check_room(home: Path, model: str | None, policy: Policy) -> list[Finding]:
