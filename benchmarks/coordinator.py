@@ -66,9 +66,9 @@ def run(options: Options) -> Result:
         header=("", "a round without training", "down and up", "updates a second"),
         rows=rows,
         notes=(
-            "Coordinator and owners share this machine; owners answer at once. When they only ask for work, and there is"
-            f" none, the SuperLink answers {asked_a_second:.0f} times a second (asked past nginx, whose own bound is 100 a"
-            " second for an address).",
+            "Coordinator and owners share this machine; owners answer at once. When they only ask for work, and there"
+            f" is none, the SuperLink answers {asked_a_second:.0f} times a second (asked past nginx, which lets an"
+            " address ask 100 times a second).",
         ),
         values={"cases": found, "questions_a_second": asked_a_second},
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio
 from flocktune.api import run as run_flocktune
-from flocktune.assemble import Federation, federation
+from flocktune.assemble import Assembly, federation
 from flocktune.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -114,7 +114,7 @@ Plan = Sequence[Sequence[tuple[int, Sequence[Batch]]]]
 """Round -> client of the cohort -> (its rows, its batches)."""
 
 
-def batches_of(fed: Federation) -> Plan:
+def batches_of(fed: Assembly) -> Plan:
     """The batches that flocktune will draw, made beforehand."""
     local, encoded = fed.config.local, fed.data.train.encoded
 
@@ -139,7 +139,7 @@ def batches_of(fed: Federation) -> Plan:
     ]
 
 
-def bare_loop(fed: Federation, plan: Plan) -> dict[str, Tensor]:
+def bare_loop(fed: Assembly, plan: Plan) -> dict[str, Tensor]:
     """Federated averaging as one would write it down: no messages, no checks, no files. Returns the adapter.
 
     The average is a running mean of changes, as ours is: rounded otherwise, it could not be told from other work, as

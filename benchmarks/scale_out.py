@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio
-from flocktune.assemble import Federation, engine_of, federation
+from flocktune.assemble import Assembly, engine_of, federation
 from flocktune.config.engines import RayEngine
 from flocktune.config.schema import (
     DataConfig,
@@ -88,7 +88,7 @@ def run(options: Options) -> Result:
     )
 
 
-def one_round(fed: Federation, engine: Engine) -> State:
+def one_round(fed: Assembly, engine: Engine) -> State:
     """The first round."""
     return run_rounds(
         fed.server,

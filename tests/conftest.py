@@ -60,6 +60,32 @@ class Said:
         return self.out + self.err + self.log
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without nginx nothing can be said of a federation's door. FLOCKTUNE_NEEDS_NGINX=1 makes that a failure."""
+    if _nginx_is_missing() and os.environ.get("FLOCKTUNE_NEEDS_NGINX") != "1":
+        for item in items:
+            if "needs_nginx" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="nginx is not installed"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested is said where nobody overlooks it."""
+    left_out = [
+        report for report in terminalreporter.stats.get("skipped", []) if "nginx is not" in str(report.longrepr)
+    ]
+    if left_out:
+        text = (
+            f"{len(left_out)} tests of a federation's door were not run, for nginx is missing: apt install nginx-light"
+        )
+        terminalreporter.write_line(text, red=True, bold=True)
+
+
+def _nginx_is_missing() -> bool:
+    from flocktune.federation.services import find_nginx
+
+    return find_nginx() is None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokens are cached below the tests' own folder."""

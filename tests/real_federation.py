@@ -19,7 +19,7 @@ from typing import Any
 from conftest import World, dolly_rows, write_rows
 from flocktune.audit import read_audit
 from flocktune.federation.layout import Federation, open_federation
-from flocktune.federation.services import MARK, program
+from flocktune.federation.services import MARK, find_nginx, program
 from flocktune.report.events import read_events
 
 PATIENCE_S = 180.0
@@ -214,7 +214,9 @@ def coordinator(folder: Path, host: str, recipe: Path) -> Iterator[Deployed]:
     """Make a federation; whatever happens, nothing of it is left behind."""
     port, superlink_port = free_ports(2)
     place = folder / "fed"
-    verb("federation", "init", place, "--host", host, "--port", port, "--superlink-port", superlink_port)
+    # Without nginx owners go straight to the SuperLink, which has TLS of its own: all but the door is the same.
+    door = ("--port", port) if find_nginx() else ("--port", superlink_port, "--door", "own")
+    verb("federation", "init", place, "--host", host, "--superlink-port", superlink_port, *door)
     deployed = Deployed(open_federation(place), {}, recipe)
     try:
         yield deployed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import ssl
@@ -19,7 +18,7 @@ from conftest import Said, World
 from flocktune import audit
 from flocktune.engine.flower import fleet, signing
 from flocktune.enrolment import read_invitation
-from flocktune.federation.services import belonging, find_nginx, program
+from flocktune.federation.services import belonging, program
 from flocktune.files import read_json
 from flocktune.owner.home import make_home
 from flocktune.owner.join import try_to_connect
@@ -36,8 +35,6 @@ from real_federation import (
     write_world,
 )
 
-pytestmark = pytest.mark.needs_nginx
-
 NAMES = ("ada", "bela", "carl")
 FEDBIOT = (
     "method=fedbiot",
@@ -45,15 +42,6 @@ FEDBIOT = (
     "emulator={adapter_layers: 1, drop: 0.0}",
     "alignment={first_steps: 3, steps: 1, batch_size: 2, fidelity_rows: 3}",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nginx() -> None:
-    if find_nginx() is not None:
-        return
-    if os.environ.get("FLOCKTUNE_WITHOUT_NGINX") == "1":
-        pytest.skip("nginx is missing, and FLOCKTUNE_WITHOUT_NGINX=1 says that this is known")
-    pytest.fail("nginx is missing, so no federation is tested: install it, or set FLOCKTUNE_WITHOUT_NGINX=1")
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +77,11 @@ def tasks_of(owner: Owner) -> list[dict[str, Any]]:
 
 
 def on_the_wire(deployed: Deployed) -> int:
-    """Bytes that went through nginx for tasks and updates, in both directions, with headers; no idle polling."""
+    """Bytes that went through nginx for tasks and updates, in both directions, with headers; no idle polling. 0 if there
+    is no nginx here."""
     calls = r'"POST /v1/fleet/(?:push|pull|confirm)-\S+ HTTP[^"]*" 200 (\d+) (\d+)'
-    return sum(int(one) + int(other) for one, other in re.findall(calls, deployed.federation.log("nginx").read_text()))
+    log = deployed.federation.log("nginx")
+    return sum(int(one) + int(other) for one, other in re.findall(calls, log.read_text())) if log.exists() else 0
 
 
 def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, cli: Callable[..., Said], tmp_path: Path) -> None:
@@ -107,7 +97,7 @@ def test_fedit_gives_the_bits_of_one_process(deployed: Deployed, cli: Callable[.
     assert {name: owner.loads() for name, owner in deployed.owners.items()} == dict.fromkeys(NAMES, 1)
     payload = sum(event["bytes_up"] + event["bytes_down"] for event in rounds)
     wire = on_the_wire(deployed) - before
-    assert wire > payload
+    assert wire > payload or deployed.federation.door == "own"
     print(f"\n{seconds:.1f} s for {len(rounds)} rounds; {wire:,} bytes on the wire, {payload:,} of them tensors")
 
 
@@ -145,6 +135,7 @@ def test_both_sides_books_agree(deployed: Deployed) -> None:
         assert audit.verify(owner.home / "audit.jsonl") == []
 
 
+@pytest.mark.needs_nginx
 def test_what_is_not_the_fleets_is_refused_while_owners_are_there(deployed: Deployed) -> None:
     context = ssl.create_default_context(cafile=str(deployed.federation.authority))
     for path in ("/v1/control/list-nodes", "/v1/runtime/pull-messages"):

@@ -25,7 +25,7 @@ from flocktune.config.engines import FlowerEngine
 from flocktune.config.schema import SchedulingConfig
 from flocktune.federation.layout import open_federation
 from flocktune.federation.processes import stop
-from flocktune.federation.services import MARK, belonging, find_nginx, program
+from flocktune.federation.services import MARK, belonging, program
 from flocktune.files import read_json
 from flocktune.owner.policy import Policy
 from real_federation import free_ports
@@ -87,10 +87,6 @@ def stated(text: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """The folder in which the trial was run, line after line as a newcomer types it, and what it said."""
-    if find_nginx() is None:
-        if os.environ.get("FLOCKTUNE_WITHOUT_NGINX") == "1":
-            pytest.skip("nginx is missing, and FLOCKTUNE_WITHOUT_NGINX=1 says that this is known")
-        pytest.fail("nginx is missing, so the guide is not tested: install it, or set FLOCKTUNE_WITHOUT_NGINX=1")
     folder = tmp_path_factory.mktemp("guide")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     script = "\n".join(blocks(section("Try it on one machine")))

@@ -16,6 +16,7 @@ from flocktune.errors import FlocktuneError, UserError
 from flocktune.federation import running, serving
 from flocktune.federation.control import ControlFailed
 from flocktune.federation.layout import Federation, create_federation
+from flocktune.federation.roster import ENDED, STOP, write_ended, write_roster
 from flocktune.files import exclusive, is_held, write_json
 from flocktune.runs import Stopped
 
@@ -37,7 +38,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(fed: Federation) -> Path:
     folder = fed.runs / "mine"
     folder.mkdir()
-    running.write_roster(folder, ["ada", "bela"])
+    write_roster(folder, ["ada", "bela"])
     return folder
 
 
@@ -67,11 +68,12 @@ def test_its_summary_is_what_a_run_ends_with(fed: Federation, run: Path) -> None
 
 
 def test_why_it_failed_is_told(fed: Federation, run: Path) -> None:
-    told = {"kind": "RoundFailed", "users_mistake": False, "problems": ["round 1: expected updates"]}
+    why = ["round 1: expected updates"]
     with pytest.raises(FlocktuneError, match="round 1: expected updates"):
-        watch(fed, run, held_looks=2, then=lambda: write_json(run / serving.FAILED, told))
+        watch(fed, run, held_looks=2, then=lambda: write_ended(run, "failed", why))
+    (run / ENDED).unlink()
     with pytest.raises(UserError, match="round 1"):
-        watch(fed, run, held_looks=2, then=lambda: write_json(run / serving.FAILED, {**told, "users_mistake": True}))
+        watch(fed, run, held_looks=2, then=lambda: write_ended(run, "failed", why, users_mistake=True))
 
 
 def test_a_process_that_is_gone_is_said_with_what_to_do(fed: Federation, run: Path) -> None:
@@ -107,18 +109,20 @@ def test_a_run_that_will_not_begin(fed: Federation, run: Path, monkeypatch: pyte
 
 def test_a_run_may_be_asked_to_stop_before_it_has_begun(fed: Federation, run: Path) -> None:
     running.ask_to_stop(run)
-    with serving._stop_file(run / serving.STOP) as stop:
+    with serving._stop_file(run / STOP) as stop:
         assert stop.wait(60)
-    assert not (run / serving.STOP).exists()
+    assert not (run / STOP).exists()
 
 
 def test_ctrl_c_is_handed_on(fed: Federation, run: Path) -> None:
     def ends() -> None:
-        assert (run / serving.STOP).exists()
-        (run / serving.STOP).unlink()
+        assert (run / STOP).exists()
+        write_ended(run, "stopped")
 
     with pytest.raises(Stopped):
         watch(fed, run, held_looks=3, stopped=True, then=ends)
+    with pytest.raises(Stopped):
+        watch(fed, run), "who only watches is told the same"
 
 
 def test_a_run_that_is_running_is_not_begun_twice(fed: Federation, run: Path) -> None:
@@ -127,7 +131,7 @@ def test_a_run_that_is_running_is_not_begun_twice(fed: Federation, run: Path) ->
         serving.serve(lambda nodes: pytest.fail("connected"), {"run": str(run)})
         assert running.start(fed, run) == ""
         assert is_held(run)
-    assert not (run / serving.FAILED).exists()
+    assert not (run / ENDED).exists()
 
 
 def test_what_went_wrong_is_written_down(fed: Federation, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,5 +140,5 @@ def test_what_went_wrong_is_written_down(fed: Federation, run: Path, monkeypatch
     monkeypatch.setattr(logging.getLogger("flocktune"), "handlers", handlers)
     with pytest.raises(UserError):
         serving.serve(lambda nodes: SimpleNamespace(), {"run": str(run)})  # there is no recipe
-    assert "recipe.yaml" in (run / serving.FAILED).read_text()
+    assert "recipe.yaml" in (run / ENDED).read_text()
     assert "recipe.yaml" in fed.log("run").read_text()

@@ -25,7 +25,6 @@ from flocktune.federation.services import (
     MARK,
     NAMES,
     belonging,
-    find_nginx,
     inherited_environment,
     pid_of,
     program,
@@ -73,17 +72,6 @@ REFUSED_PATHS = (
     "/v1/fleet/Activate-Node",
     "http://localhost/v1/control/list-nodes",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nginx() -> None:
-    if find_nginx() is not None:
-        return
-    if os.environ.get("FLOCKTUNE_WITHOUT_NGINX") == "1":
-        pytest.skip("nginx is missing, and FLOCKTUNE_WITHOUT_NGINX=1 says that this is known")
-    pytest.fail(
-        "nginx is missing, so the door of a federation is untested: install it, or set FLOCKTUNE_WITHOUT_NGINX=1"
-    )
 
 
 def free_ports(count: int) -> list[int]:

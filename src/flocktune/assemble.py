@@ -49,7 +49,7 @@ EVERYONE = "everyone"
 
 
 @dataclass(frozen=True, eq=False)
-class Federation:
+class Assembly:
     """Everything a run needs. ``identity``: recipe, data and models, for a safe resume.
 
     ``base`` is what the result plugs into; ``model_digest`` names the model that clients must hold: the base itself, or
@@ -70,7 +70,7 @@ class Federation:
     emulated: Emulated | None = None
 
 
-def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Federation:
+def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Assembly:
     """Build everything a run needs from its recipe. Raises UserError.
 
     ``own_bundle``: where FedBiOT's run keeps its emulator; it is used when it is there, and made otherwise. ``data``:
@@ -91,7 +91,7 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
     rounds = 0 if config.method == "base" else config.rounds
     clients = client_data(config, base.pad_id, data)
     identity = identity_of(config, data)
-    return Federation(
+    return Assembly(
         config,
         base,
         data,
@@ -106,7 +106,7 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
     )
 
 
-def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Federation:
+def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Assembly:
     """Both sides of FedBiOT in one process; the client's side is :func:`emulator_client`, as it is anywhere else."""
     check_context(config, data, load_skeleton(config.model))  # before rows are run through it to choose its layers
     emulated = load_emulator(config, bundle_of(config, own_bundle))
@@ -114,7 +114,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Fe
     refuse_leaks(config, emulated.base)
     public = public_data(config, base, data.test)
     digest = emulated.bundle.digest
-    return Federation(
+    return Assembly(
         config,
         base,
         data,
@@ -145,7 +145,7 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> 
 
 
 @contextmanager
-def engine_of(config: RunConfig, fed: Federation, folder: Path) -> Iterator[Engine]:
+def engine_of(config: RunConfig, fed: Assembly, folder: Path) -> Iterator[Engine]:
     """Where the tasks of the run in ``folder`` are done, as long as the block lasts. Raises UserError."""
     match config.engine:
         case InProcessEngine():

@@ -17,7 +17,7 @@ import torch
 
 from flocktune.algorithms import fedavg, fedbiot
 from flocktune.allocation import ClientRows, check_rows, client_data
-from flocktune.assemble import Federation, emulator_client, federation, refuse_leaks
+from flocktune.assemble import Assembly, emulator_client, federation, refuse_leaks
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
@@ -62,7 +62,7 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     UserError.raise_all(problems)
 
 
-def server_side(config: RunConfig, clients: Sequence[str], own_bundle: Path | None = None) -> Federation:
+def server_side(config: RunConfig, clients: Sequence[str], own_bundle: Path | None = None) -> Assembly:
     """All that the server needs of a recipe for clients who are elsewhere. Raises UserError."""
     refuse_unfederated(config, clients)
     nobodys = _no_rows(sha256_bytes("\n".join(sorted(clients)).encode()))

@@ -84,11 +84,15 @@ def sha256_path(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Held(UserError):
+    """Another process holds the folder."""
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process. The lock goes with the process, also after kill -9.
 
-    Raises UserError when another process holds it.
+    Raises Held, a UserError, when another process holds it.
     """
     with (folder / ".lock").open("a") as file:
         for tries_left in reversed(range(10)):
@@ -97,7 +101,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not tries_left:
-                    raise UserError(
+                    raise Held(
                         Problem(
                             str(folder),
                             "a run folder that nobody is using",

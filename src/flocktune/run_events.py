@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flocktune.assemble import Federation
+from flocktune.assemble import Assembly
 from flocktune.costs import client_cost
 from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
@@ -16,7 +16,7 @@ from flocktune.tensors import digest
 from flocktune.types import Mean, Tensors
 
 
-def start_event(fed: Federation) -> dict[str, Any]:
+def start_event(fed: Assembly) -> dict[str, Any]:
     """What a run is, as its log opens. Counts only: no data."""
     return {
         "event": "run_start",
@@ -51,13 +51,13 @@ def describe_emulator(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _trained(fed: Federation) -> Tensors:
+def _trained(fed: Assembly) -> Tensors:
     """What clients train: the names of an update."""
     return fed.server.returned(fed.server.message(fed.server.init(fed.start), 0))
 
 
 def summarise(
-    fed: Federation, adapter: Tensors, results: Mapping[str, Evaluation], events: Sequence[Mapping[str, Any]]
+    fed: Assembly, adapter: Tensors, results: Mapping[str, Evaluation], events: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The run in one JSON object, made from its log and its last evaluation."""
     rounds = [event for event in events if event["event"] == "round"]
@@ -74,7 +74,7 @@ def summarise(
         "bytes_up": sum(event["bytes_up"] for event in rounds),
         "bytes_down": sum(event["bytes_down"] for event in rounds),
         **({"bytes_emulator": fed.emulated.bundle.bytes * len(asked)} if fed.emulated else {}),
-        "seconds": sum(sum(event["seconds"].values()) for event in rounds)
+        "seconds": _total(value for event in rounds for value in event["seconds"].values())
         + sum(event["seconds"] for event in evaluations),
         "client_seconds_per_step": _seconds_per_step(rounds),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -84,7 +84,7 @@ def summarise(
     }
 
 
-def _client_cost(fed: Federation) -> dict[str, Any]:
+def _client_cost(fed: Assembly) -> dict[str, Any]:
     return client_cost(
         fed.config,
         fed.emulated.base if fed.emulated else fed.base,
@@ -98,8 +98,13 @@ def _client_cost(fed: Federation) -> dict[str, Any]:
 def _seconds_per_step(rounds: Sequence[Mapping[str, Any]]) -> float | None:
     """Of clients' own time, everything that a step needs in it; None when nobody took one."""
     clients = [client for event in rounds for client in event["clients"].values()]
-    steps = sum(client["steps"] for client in clients)
-    return sum(client["seconds"] for client in clients) / steps if steps else None
+    steps = _total(client["steps"] for client in clients)
+    return _total(client["seconds"] for client in clients) / steps if steps else None
+
+
+def _total(values: Iterable[float | None]) -> float:
+    """Of those that are known: a client elsewhere may have told nonsense, which is null in the log."""
+    return sum(value for value in values if value is not None)
 
 
 def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[str, Any]:

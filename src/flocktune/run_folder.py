@@ -110,7 +110,7 @@ def remove_strays(folder: Path) -> None:
 
 
 def refuse_changes(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise UserError that names every difference between two identities (``Federation.identity``)."""
+    """Raise UserError that names every difference between two identities (``Assembly.identity``)."""
     changed = [f"recipe, {line}" for line in differences(saved["recipe"], mine["recipe"])]
     changed += [
         f"{what}: {saved.get(key, 'none')[:12]}... -> {mine.get(key, 'none')[:12]}..."

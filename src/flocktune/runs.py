@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from flocktune.algorithms import fedavg, fedbiot
-from flocktune.assemble import Federation, engine_of, federation
+from flocktune.assemble import Assembly, engine_of, federation
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.schema import FEDERATED
 from flocktune.engine.buffered import at_work, run_buffered
@@ -53,7 +53,7 @@ class Elsewhere:
     """The clients of a real federation, and what makes the engine that reaches them, once the run is assembled."""
 
     clients: Sequence[str]
-    engine: Callable[[Federation], Engine]
+    engine: Callable[[Assembly], Engine]
 
 
 def execute(
@@ -109,7 +109,7 @@ class _Run:
     ``carried_s``: seconds that are known only after a round's event was written; they go into the next one's.
     """
 
-    fed: Federation
+    fed: Assembly
     folder: Path
     log: EventLog
     listeners: Sequence[Listener]
@@ -233,7 +233,7 @@ class _Run:
         return summary
 
 
-def evaluate_adapter(fed: Federation, base: Base, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
+def evaluate_adapter(fed: Assembly, base: Base, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
     """Evaluate ``adapter`` in ``base`` on the held-out rows of ``fed``."""
     config = fed.config
     base.adapter.load(adapter)

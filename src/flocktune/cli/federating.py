@@ -37,6 +37,9 @@ def run(
     if not resume and recipe is None:
         fix = f"Or go on with one: flocktune federation run {folder} --resume"
         raise UserError(Problem("RECIPE", "a recipe (YAML)", "nothing", fix))
+    if resume and overrides:
+        fix = "A run goes on as it began; start another with other settings."
+        raise UserError(Problem("--resume", "no settings", " ".join(overrides), fix))
     if resume:
         place = resumable(opened, None if recipe is None else recipe.name)
     else:

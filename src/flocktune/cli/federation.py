@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,8 @@ app.add_typer(federation, name="federation")
 
 @federation.callback()
 def _flower_is_there() -> None:
-    needs_extra("flwr", "flower")
+    if "--help" not in sys.argv:
+        needs_extra("flwr", "flower")
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
@@ -45,6 +47,8 @@ def init_command(
     from flocktune.federation.layout import create_federation, open_federation, renew_certificates
 
     if renew:
+        if host or name or superlink_port or port != DEFAULT_PORT or door != "nginx":
+            raise UserError(Problem("--renew", "no other option: all else stays as it is", "another option with it"))
         made = open_federation(folder)
         renew_certificates(made)
         write_configuration(made)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import ipaddress
 import os
+import pwd
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,8 @@ def write_configuration(federation: Federation) -> None:
     write_private(folder / "flower" / "config.toml", _flower_config(federation))
     write_private(federation.nginx_config, _nginx_config(federation, known))
     for service in services(federation):
+        # Or systemd makes it as root, and the program, which is not, can not open it.
+        os.close(os.open(federation.log(service), os.O_CREAT | os.O_WRONLY, 0o600))
         write_private(
             folder / "systemd" / f"{unit_name(federation, service)}.service", _unit(federation, service, known)
         )
@@ -75,7 +77,7 @@ def _unit(federation: Federation, service: str, known: dict[str, Any]) -> str:
             **known,
             "service": service,
             "after": "" if service == SUPERLINK else f"{unit_name(federation, SUPERLINK)}.service",
-            "user": getpass.getuser(),
+            "user": pwd.getpwuid(os.getuid()).pw_name,
             "command": shlex.join(services(federation)[service].command),
             "environment": [f"{key}={value}" for key, value in environment(federation).items()],
             "writable": " ".join(str(folder / name) for name in writable.split()),
@@ -90,6 +92,7 @@ def _compose(federation: Federation, known: dict[str, Any]) -> str:
         name: [Path(service.command[0]).name, *service.command[1:]] for name, service in services(federation).items()
     }
     inner = {key: value for key, value in environment(federation).items() if key != "PATH"}
+    inner["FLOCKTUNE_CACHE"] = str(federation.folder / "cache")  # nothing else can be written there
     return _render(
         "compose.yaml",
         {

@@ -212,7 +212,7 @@ def _read(path: Path) -> Client:
             raise ValueError
         return Client(**entries)
     except (AttributeError, KeyError, ValueError, TypeError):
-        fix = "Restore it from a backup, or delete it and enrol the client anew."
+        fix = "Restore it from a backup."
         raise UserError(Problem(str(path), f"a client's file ({FORMAT})", "something else", fix)) from None
 
 

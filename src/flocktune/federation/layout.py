@@ -6,13 +6,14 @@
     DIR/flower/           Flower's home, with its config.toml     DIR/logs/      one file a program
     DIR/nginx/ systemd/ docker/ CHECKLIST.md                      DIR/runs/      the folders of runs
 
-The folder is its owner's alone (0700), and so is every file in it (0600).
+The folder is its owner's alone (0700); what must stay secret in it has mode 0600 besides.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import random
 import re
 import secrets
 import socket
@@ -28,10 +29,10 @@ from flocktune.files import read_json
 
 FORMAT = "flocktune-federation/1"
 LOOPBACK = "127.0.0.1"
-FIRST_SUPERLINK_PORT = 9091
+SUPERLINK_PORTS = 20_000, 30_000
 
 _FOLDERS = ("ca", "tls", "secrets", "clients", "flower", "nginx", "nginx/temporary", "systemd", "docker", "state",
-            "logs", "runs")  # fmt: skip
+            "logs", "runs", "cache")  # fmt: skip
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@=-]+")
 """The path stands in files of nginx, systemd and docker, each with quoting of its own."""
@@ -183,12 +184,14 @@ def _is_host(host: str) -> bool:
 
 
 def _free_port() -> int:
-    for port in range(FIRST_SUPERLINK_PORT, FIRST_SUPERLINK_PORT + 100):
+    """One inside the machine that is free now, and not the next federation's either: they are drawn."""
+    ports = range(*SUPERLINK_PORTS)
+    for port in random.SystemRandom().sample(ports, 100):
         with socket.socket() as probe:
             try:
                 probe.bind((LOOPBACK, port))
             except OSError:
                 continue
             return port
-    where = f"ports {FIRST_SUPERLINK_PORT} to {FIRST_SUPERLINK_PORT + 99}"
+    where = f"ports {ports[0]} to {ports[-1]}"
     raise UserError(Problem(where, "one that is free", "none", "Give --superlink-port."))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from flocktune.federation.control import ControlFailed, run_state, submit
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import answers
+from flocktune.federation.roster import ENDED, ROSTER, STOP, write_roster
 from flocktune.federation.services import RUN, SUPEREXEC, SUPERLINK, services
-from flocktune.federation.serving import APP, FAILED, ROSTER, STOP, write_roster
 from flocktune.files import is_held, read_json, write_atomic
 from flocktune.report.events import LOG_NAME, read_events
 from flocktune.run_folder import create_run, is_finished
@@ -29,6 +30,35 @@ LOOK_S, ASK_S = 0.5, 10.0
 
 _FULL_BYTES = 1_000_000
 
+APP = {
+    "pyproject.toml": """\
+[project]
+name = "flocktune-run"
+version = "1.0.0"
+description = "Starts a run of flocktune on the coordinator's machine. Owners do not get it."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "flocktune"
+
+[tool.flwr.app.components]
+serverapp = "flocktune_run:server"
+clientapp = "flocktune_run:client"
+
+[tool.flwr.app.config]
+run = ""
+""",
+    "flocktune_run.py": '''\
+"""Names the objects that Flower wants; they are in flocktune."""
+
+from flocktune.federation.serving import client, server
+
+__all__ = ["client", "server"]
+''',
+}
+"""A Flower app, as files."""
+
 
 def begin(federation: Federation, config: RunConfig) -> Path:
     """Make the folder of a new run, once recipe and models are there and fit. Raises UserError."""
@@ -37,9 +67,10 @@ def begin(federation: Federation, config: RunConfig) -> Path:
     config = replace(config, engine=engine)
     server_side(config, enrolled)
     folder = federation.runs / config.name
-    if folder.exists() and any(folder.iterdir()):
+    if (folder / ROSTER).exists():
         fix = f"Go on with it: flocktune federation run {federation.folder} --resume {config.name}; or name=another"
         raise UserError(Problem(str(folder), "a new run", "one that was begun", fix))
+    (folder / "recipe.yaml").unlink(missing_ok=True)  # of a start that was killed before there was a roster
     create_run(config, folder)
     write_roster(folder, enrolled)
     return folder
@@ -69,7 +100,7 @@ def start(federation: Federation, folder: Path) -> str:
     app.mkdir(mode=0o700, exist_ok=True)
     for name, text in APP.items():
         write_atomic(app / name, text)
-    for old in (FAILED, STOP):
+    for old in (ENDED, STOP):
         (folder / old).unlink(missing_ok=True)
     return submit(federation, app, folder)
 
@@ -88,26 +119,25 @@ def follow(
     in it, and Stopped.
     """
     shown: list[dict[str, Any]] = []
+    log, read_at = folder / LOG_NAME, 0
     asked_s, asked_to_stop = time.monotonic(), False
     begun, looks_without = not flower_id, 0
     while True:
         running, finished = is_held(folder), is_finished(folder)
         begun, looks_without = begun or running, 0 if running else looks_without + 1
-        events = read_events(folder / LOG_NAME)
-        known = next((i for i, pair in enumerate(zip(shown, events, strict=False)) if pair[0] != pair[1]), len(shown))
-        for event in events[min(known, len(events)) :]:
-            for listener in listeners:
-                listener.on_event(event)
-        shown = events
+        if log.exists() and (changed_at := log.stat().st_mtime_ns) != read_at:
+            events, read_at = read_events(log), changed_at
+            for event in _after(shown, events):
+                for listener in listeners:
+                    listener.on_event(event)
+            shown = events
         if finished and not running:
             return dict(read_json(folder / "summary.json"))
-        if (folder / FAILED).exists() and not running:
-            raise _failed(folder)
+        if (folder / ENDED).exists() and not running:
+            raise _how_it_ended(folder)
         if stopped() and not asked_to_stop:
             ask_to_stop(folder)
             asked_to_stop = True
-        if asked_to_stop and not running and not (folder / STOP).exists():
-            raise Stopped(str(folder))
         # Its lock goes with its process; the reason is written a moment later.
         if begun and looks_without > 2:
             raise _ended(federation, folder, "the run's process has ended")
@@ -116,6 +146,12 @@ def follow(
             if why := _will_not_begin(federation, flower_id):
                 raise _ended(federation, folder, why)
         time.sleep(LOOK_S)
+
+
+def _after(shown: Sequence[Mapping[str, Any]], events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """What is new since ``shown``: a resumed run's log is cut back first."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, events, strict=False)))
+    return events[same:]
 
 
 def _will_not_begin(federation: Federation, flower_id: str) -> str:
@@ -141,8 +177,8 @@ def _ended(federation: Federation, folder: Path, why: str) -> FlocktuneError:
     )
 
 
-def _failed(folder: Path) -> FlocktuneError:
-    told = read_json(folder / FAILED)
-    if told["users_mistake"]:
-        return UserError(*told["problems"])
-    return FlocktuneError("\n".join(told["problems"]))
+def _how_it_ended(folder: Path) -> Exception:
+    told = read_json(folder / ENDED)
+    if told["how"] == "stopped":
+        return Stopped(str(folder))
+    return UserError(*told["problems"]) if told["users_mistake"] else FlocktuneError("\n".join(told["problems"]))

@@ -1,23 +1,16 @@
-"""One run on the coordinator's machine, in the process that Flower's SuperExec starts for it.
-
-RUN/roster.json    the run's name for all time, its clients, where its paths start; written before the run begins
-RUN/failed.json    why the last attempt ended, if it did
-RUN/stop           its presence asks the run to end after the round at hand
-"""
+"""One run on the coordinator's machine, in the process that Flower's SuperExec starts for it."""
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flocktune.assemble import Federation as Assembled
+from flocktune.assemble import Assembly
 from flocktune.audit import AuditLog
 from flocktune.config.engines import FlowerEngine
 from flocktune.config.load import to_tree
@@ -27,45 +20,24 @@ from flocktune.errors import FlocktuneError, UserError
 from flocktune.federated import bundle_tensors
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import open_federation
+from flocktune.federation.roster import ENDED, STOP, Roster, read_roster, write_ended
 from flocktune.federation.services import RUN
-from flocktune.files import is_held, read_json, write_json
+from flocktune.files import Held, is_held
 from flocktune.interfaces import Engine
 from flocktune.runs import Elsewhere, Stopped, execute
 
 _LOG = logging.getLogger(__name__)
 
-ROSTER, FAILED, STOP = "roster.json", "failed.json", "stop"
-
-
-@dataclass(frozen=True)
-class Roster:
-    """``run`` names the run for all time; ``clients`` are asked for its whole length; ``folder``: of relative paths."""
-
-    run: str
-    clients: tuple[str, ...]
-    folder: str
-
-
-def write_roster(run: Path, names: Sequence[str]) -> None:
-    """Fix who takes part. Raises OSError."""
-    write_json(run / ROSTER, asdict(Roster(secrets.token_hex(8), tuple(sorted(names)), os.getcwd())))
-
-
-def read_roster(run: Path) -> Roster:
-    """Raises UserError when it is missing."""
-    told = read_json(run / ROSTER)
-    return Roster(told["run"], tuple(told["clients"]), told["folder"])
-
 
 def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, Any]) -> None:
-    """Run ``settings["run"]`` to its end, or from its last round on. What went wrong is in RUN/failed.json."""
+    """Run ``settings["run"]`` to its end, or from its last round on. RUN/ended.json says how it ended, if not well."""
     folder = Path(str(settings["run"]))
     federation = open_federation(folder.parent.parent)
     _log_to(federation.log(RUN))
     if is_held(folder):  # Flower starts what it was given before an outage, and the coordinator has gone on meanwhile
         _LOG.warning("%s is running already", folder)
         return
-    (folder / FAILED).unlink(missing_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)
     try:
         roster = read_roster(folder)
         os.chdir(roster.folder)
@@ -75,12 +47,14 @@ def serve(connect: Callable[[Mapping[str, int]], Link], settings: Mapping[str, A
         with _stop_file(folder / STOP) as stop:
             execute(folder, stop=stop, elsewhere=Elsewhere(roster.clients, _engine(link, roster, audit, folder)))
     except Stopped:
-        pass
+        write_ended(folder, "stopped")
+    except Held:  # another process was faster; how that one ends is its own to say
+        _LOG.warning("%s is running already", folder)
     except Exception as error:
+        mistake = isinstance(error, UserError)
         problems = [str(problem) for problem in error.problems] if isinstance(error, UserError) else [str(error)]
-        kind = type(error).__name__
-        _LOG.error("%s: %s: %s", folder.name, kind, error, exc_info=not isinstance(error, FlocktuneError))
-        write_json(folder / FAILED, {"kind": kind, "users_mistake": isinstance(error, UserError), "problems": problems})
+        _LOG.error("%s: %s", folder.name, error, exc_info=not isinstance(error, FlocktuneError))
+        write_ended(folder, "failed", problems, users_mistake=mistake)
         raise
 
 
@@ -92,8 +66,8 @@ def _log_to(path: Path) -> None:
     logging.getLogger("flocktune").addHandler(handler)
 
 
-def _engine(link: Link, roster: Roster, audit: AuditLog, folder: Path | None = None) -> Callable[[Assembled], Engine]:
-    def make(fed: Assembled) -> Engine:
+def _engine(link: Link, roster: Roster, audit: AuditLog, folder: Path | None = None) -> Callable[[Assembly], Engine]:
+    def make(fed: Assembly) -> Engine:
         bundle = fed.emulated.bundle if fed.emulated else None
         common = Federated(
             run=roster.run,
@@ -130,32 +104,3 @@ def _stop_file(path: Path) -> Iterator[threading.Event]:
 
 server, client = server_app(serve), client_app()
 """What the Flower app names."""
-
-APP = {
-    "pyproject.toml": """\
-[project]
-name = "flocktune-run"
-version = "1.0.0"
-description = "Starts a run of flocktune on the coordinator's machine. Owners do not get it."
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "flocktune"
-
-[tool.flwr.app.components]
-serverapp = "flocktune_run:server"
-clientapp = "flocktune_run:client"
-
-[tool.flwr.app.config]
-run = ""
-""",
-    "flocktune_run.py": '''\
-"""Names the objects that Flower wants; they are in flocktune."""
-
-from flocktune.federation.serving import client, server
-
-__all__ = ["client", "server"]
-''',
-}
-"""A Flower app, as files."""
