@@ -70,12 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was not tested is said where nobody overlooks it."""
-    left_out = [
-        report for report in terminalreporter.stats.get("skipped", []) if "nginx is not" in str(report.longrepr)
-    ]
-    if left_out:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("nginx is not" in str(report.longrepr) for report in skipped)
+    if count:
         text = (
-            f"{len(left_out)} tests of a federation's door were not run, for nginx is missing: apt install nginx-light"
+            f"nginx is missing: {count} tests of a federation's door were not run. Install it: apt install nginx-light"
         )
         terminalreporter.write_line(text, red=True, bold=True)
 

@@ -77,8 +77,7 @@ def tasks_of(owner: Owner) -> list[dict[str, Any]]:
 
 
 def on_the_wire(deployed: Deployed) -> int:
-    """Bytes that went through nginx for tasks and updates, in both directions, with headers; no idle polling. 0 if there
-    is no nginx here."""
+    """Bytes through nginx for tasks and updates, in both directions, with headers; no idle polling. 0 without nginx."""
     calls = r'"POST /v1/fleet/(?:push|pull|confirm)-\S+ HTTP[^"]*" 200 (\d+) (\d+)'
     log = deployed.federation.log("nginx")
     return sum(int(one) + int(other) for one, other in re.findall(calls, log.read_text())) if log.exists() else 0

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import re
+import ssl
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +28,8 @@ INVITATION_FORMAT = "flocktune-invitation/1"
 REQUEST_FORMAT = "flocktune-request/1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+_SECRET, _PROOF = re.compile("([0-9a-f]{2}){16,}"), re.compile("[0-9a-f]{64}")
 _KEY_TYPE = "ecdsa-sha2-nistp384"
 _MOST_BYTES = 64 * 1024
 """No invitation and no request is larger."""
@@ -60,15 +64,26 @@ class EnrolmentRequest:
 
 
 def checked_name(name: str, where: str = "--name") -> str:
-    """``name``, if it can name a client: it becomes a file's name, and stands in tables. Raises UserError."""
+    """``name``, if it can name a client or a federation: it becomes a file's name, and stands in tables.
+
+    Raises UserError.
+    """
     if not _NAME.fullmatch(name):
         expected = "a name of at most 64 letters, digits, dots, dashes and underscores, a letter or digit first"
         raise UserError(Problem(where, expected, repr(name)))
     return name
 
 
+def is_host(host: str) -> bool:
+    """Whether that is a DNS name in lower case, or an IP address (without a scope, which may hold any letters)."""
+    try:
+        return not getattr(ipaddress.ip_address(host), "scope_id", None)
+    except ValueError:
+        return bool(_HOST.fullmatch(host))
+
+
 def new_private_key() -> bytes:
-    """A new EC P-384 key in OpenSSH's format, without a passphrase: what ``flower-supernode`` reads."""
+    """A new EC P-384 key in OpenSSH's format, without a passphrase: what Flower's own client takes."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -119,24 +134,31 @@ def write_invitation(path: Path, invitation: Invitation) -> None:
 
 
 def read_invitation(path: Path) -> Invitation:
-    """Read an invitation. Raises UserError for another file, a damaged one, one of another version."""
+    """Read an invitation. Raises UserError for another file, a damaged one, one of another version.
+
+    Its names become folders, and its key and authority are written over older ones: all are sound when this returns.
+    """
     entries = _read(path, INVITATION_FORMAT, "an invitation", "Ask the coordinator for it: flocktune federation enrol.")
     invitation = Invitation(
-        _text(path, entries, "federation_id"),
-        _text(path, entries, "federation"),
-        checked_name(_text(path, entries, "client"), f"{path}: client"),
+        *(checked_name(_text(path, entries, key), f"{path}: {key}") for key in ("federation_id", "federation", "client")),
         _text(path, entries, "host"),
         entries.get("port"),  # type: ignore[arg-type]  # checked below
         _text(path, entries, "ca"),
         _text(path, entries, "secret", empty=True),
         _text(path, entries, "private_key") if entries.get("private_key") is not None else None,
     )
+    if not is_host(invitation.host):
+        raise _damaged(path, "host", "a DNS name in lower case, or an IP address", invitation.host[:300])
     if type(invitation.port) is not int or not 0 < invitation.port < 65536:
         raise _damaged(path, "port", "a port number", invitation.port)
-    if not invitation.ca.startswith("-----BEGIN CERTIFICATE-----"):
-        raise _damaged(path, "ca", "a certificate (PEM)", invitation.ca[:30])
-    if not invitation.private_key and not re.fullmatch("[0-9a-f]{32,}", invitation.secret):
-        raise _damaged(path, "secret", "at least 32 hex digits", "something else")
+    try:
+        ssl.create_default_context(cadata=invitation.ca)
+    except (ssl.SSLError, ValueError, TypeError):
+        raise _damaged(path, "ca", "a certificate (PEM)", invitation.ca[:30]) from None
+    if invitation.private_key is not None:
+        public_key_of(invitation.private_key.encode(errors="replace"))
+    elif not _SECRET.fullmatch(invitation.secret):
+        raise _damaged(path, "secret", "at least 32 hex digits, an even number", "something else")
     return invitation
 
 
@@ -156,7 +178,8 @@ def read_request(path: Path) -> EnrolmentRequest:
     """Read a request; the proof is not checked yet. Raises UserError as ``read_invitation`` does."""
     entries = _read(path, REQUEST_FORMAT, "a request", "The owner writes one by: flocktune join NAME.bundle")
     request = EnrolmentRequest(*(_text(path, entries, key) for key in EnrolmentRequest.__dataclass_fields__))
-    checked_name(request.client, f"{path}: client")
+    for key in ("federation_id", "client"):
+        checked_name(getattr(request, key), f"{path}: {key}")
     fingerprint(request.public_key)
     return request
 
@@ -174,7 +197,7 @@ def verify_request(request: EnrolmentRequest, federation_id: str, client: str, s
     if request.client != client:
         raise UserError(Problem("request", f"one of client {client}", f"one of {request.client}"))
     expected = _proof(secret, federation_id, client, request.public_key) if secret else ""
-    if not secret or not hmac.compare_digest(expected.encode(), request.proof.encode()):
+    if not secret or not _PROOF.fullmatch(request.proof) or not hmac.compare_digest(expected, request.proof):
         raise UserError(
             Problem("request", "a proof under the newest invitation's secret", "another",
                     "It answers an older invitation, or was changed on its way. Hand out a new one and ask why.")
@@ -221,8 +244,8 @@ def _read(path: Path, format: str, what: str, fix: str) -> dict[str, Any]:
     kind, _, version = str(found).rpartition("/")
     if kind == format.rpartition("/")[0]:
         fix = "Coordinator and owner need the same version of flocktune."
-        raise UserError(Problem(str(path), f"{what} of version {format.rpartition('/')[2]}", f"version {version}", fix))
-    raise UserError(Problem(str(path), f"{what} ({format})", "another file" if found is None else str(found), fix))
+        raise UserError(Problem(str(path), f"{what} of version {format.rpartition('/')[2]}", f"version {version[:20]!r}", fix))
+    raise UserError(Problem(str(path), f"{what} ({format})", "another file" if found is None else repr(str(found)[:60]), fix))
 
 
 def _text(path: Path, entries: Mapping[str, Any], key: str, *, empty: bool = False) -> str:

@@ -11,7 +11,6 @@ The folder is its owner's alone (0700); what must stay secret in it has mode 060
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import random
 import re
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flocktune.enrolment import checked_name, write_private
+from flocktune.enrolment import checked_name, is_host, write_private
 from flocktune.errors import Problem, UserError
 from flocktune.federation.certificates import SERVER_DAYS, create_authority, issue
 from flocktune.files import read_json
@@ -33,7 +32,6 @@ SUPERLINK_PORTS = 20_000, 30_000
 
 _FOLDERS = ("ca", "tls", "secrets", "clients", "flower", "nginx", "nginx/temporary", "systemd", "docker", "state",
             "logs", "runs", "cache")  # fmt: skip
-_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@=-]+")
 """The path stands in files of nginx, systemd and docker, each with quoting of its own."""
 
@@ -165,7 +163,7 @@ def _problems(folder: Path, host: str, port: int, superlink_port: int | None, do
     if not _PLAIN_PATH.fullmatch(str(folder)):
         expected = "a path of letters, digits and . _ - + @ = only"
         found.append(Problem(str(folder), expected, "another", "nginx, systemd and docker all read it."))
-    if not _is_host(host):
+    if not is_host(host):
         found.append(Problem("--host", "a DNS name in lower case, or an IP address", repr(host)))
     for where, number in (("--port", port), ("--superlink-port", superlink_port)):
         if number is not None and not 0 < number < 65536:
@@ -173,14 +171,6 @@ def _problems(folder: Path, host: str, port: int, superlink_port: int | None, do
     if port == superlink_port and door == "nginx":
         found.append(Problem("--superlink-port", "another port than --port", str(port)))
     return found
-
-
-def _is_host(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return bool(_HOST.fullmatch(host))
-    return True
 
 
 def _free_port() -> int:
