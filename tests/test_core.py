@@ -17,9 +17,18 @@ from flocktune.files import exclusive, read_json, sha256_path, write_atomic
 from flocktune.seeds import derive_seed
 from flocktune.tensors import add_scaled, digest, group, mismatches, norm, prefixed, subtract
 from flocktune.types import ClientTask, Mean, Update, merge_metrics
-from flocktune.wire import decode_task, decode_update, encode_task, encode_update, encoded_size
+from flocktune.wire import (
+    LONGEST_METRIC_NAME,
+    MOST_METRICS,
+    build_task,
+    build_update,
+    decode_tensors,
+    encode_tensors,
+    encoded_size,
+    task_fields,
+    update_fields,
+)
 
-OURS = {"format": "flocktune/1", "kind": "update"}
 TENSORS = {"layer.0.lora_A": torch.randn(3, 5), "layer.0.lora_B": torch.randn(4, 3), "scalar": torch.tensor(2.0)}
 
 
@@ -136,7 +145,7 @@ def test_mismatches_name_every_problem() -> None:
 
 def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
     task = ClientTask(3, "hospital-ä", "fedavg", TENSORS, 2**62 + 1, "abc")
-    back = decode_task(encode_task(task))
+    back = build_task(json.loads(json.dumps(task_fields(task))), decode_tensors(encode_tensors(TENSORS)))
     assert (back.round, back.client, back.kind, back.seed, back.config_digest) == (
         3,
         "hospital-ä",
@@ -146,7 +155,8 @@ def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
     )
     assert digest(back.tensors) == digest(TENSORS)
     update = Update({**TENSORS, "half": torch.randn(3).bfloat16()}, 17.0, 2, {"loss": Mean(0.1, 3)})
-    got = decode_update(encode_update(update))
+    said = json.loads(json.dumps(update_fields(update)))
+    got = build_update(said, decode_tensors(encode_tensors(update.delta)))
     assert (got.weight, got.clients, got.metrics) == (17.0, 2, update.metrics)
     assert digest(got.delta) == digest(update.delta)
 
@@ -166,29 +176,50 @@ def test_the_size_of_a_message_is_known_without_building_it(shapes: dict[str, li
         b"\x00" * 7,
         b"\xff" * 64,
         save({"x": torch.ones(2)}),
-        save({"x": torch.ones(2)}, metadata={"format": "flocktune/1", "kind": "task", "fields": "{}"}),
-        save({"x": torch.ones(2)}, metadata={"format": "flocktune/0", "kind": "update", "fields": "{}"}),
-        save({"x": torch.ones(2)}, metadata={**OURS, "fields": "[]"}),
-        save({"x": torch.ones(2)}, metadata={**OURS, "fields": '{"metrics": 3}'}),
-        save({"x": torch.ones(2)}, metadata={**OURS, "fields": '{"metrics": {}, "evil": 1}'}),
-        encode_update(Update(TENSORS, 1.0))[:-3],
+        save({"x": torch.ones(2)}, metadata={"format": "flocktune/0"}),
+        encode_tensors(TENSORS)[:-3],
     ],
 )  # fmt: skip
-def test_bytes_that_are_no_update_are_refused(blob: bytes) -> None:
+def test_bytes_that_are_no_tensors_are_refused(blob: bytes) -> None:
     with pytest.raises(UpdateRefused):
-        decode_update(blob)
+        decode_tensors(blob)
+
+
+WHOLE = {"weight": 1.0, "clients": 1, "metrics": {"loss": [1.0, 2.0]}}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {**WHOLE, "metrics": 3},
+        {**WHOLE, "evil": 1},
+        *({**WHOLE, "metrics": {"loss": [total, 1.0]}} for total in (math.nan, math.inf, -math.inf, 10**400, None)),
+        *({**WHOLE, "metrics": {"loss": [1.0, count]}} for count in (math.nan, math.inf, -1.0)),
+        {**WHOLE, "metrics": {"x" * (LONGEST_METRIC_NAME + 1): [1.0, 1.0]}},
+        {**WHOLE, "metrics": {f"m{number}": [1.0, 1.0] for number in range(MOST_METRICS + 1)}},
+    ],
+)
+def test_fields_that_are_no_updates_are_refused(said: dict[str, object]) -> None:
+    with pytest.raises(UpdateRefused):
+        build_update(said, TENSORS)
+
+
+def test_metrics_up_to_the_bounds_are_taken() -> None:
+    metrics = {f"{number:0{LONGEST_METRIC_NAME}}": [-1.0, 0] for number in range(MOST_METRICS)}
+    assert build_update({**WHOLE, "metrics": metrics}, TENSORS).metrics == dict.fromkeys(metrics, Mean(-1.0, 0.0))
 
 
 @settings(max_examples=60)
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_damaged_messages_never_raise_anything_else(noise: bytes, place: int) -> None:
-    blob = bytearray(encode_update(Update({"x": torch.ones(4)}, 1.0, 1, {"loss": Mean(1, 1)})))
+    blob = bytearray(encode_tensors({"x": torch.ones(4)}))
     blob[place : place + len(noise)] = noise
     try:
-        update = decode_update(bytes(blob))
+        tensors = decode_tensors(bytes(blob))
     except UpdateRefused:
         return
-    assert isinstance(update, Update)
+    assert all(isinstance(value, torch.Tensor) for value in tensors.values())
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -28,6 +28,7 @@ from flocktune.config.schema import AlignmentConfig, EmulatorConfig, LocalConfig
 from flocktune.data.batching import collate
 from flocktune.data.encoding import Encoded
 from flocktune.emulation import bundle_of
+from flocktune.engine.ray_worker import pack, unpack
 from flocktune.errors import UserError
 from flocktune.experiment import plan
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
@@ -36,7 +37,7 @@ from flocktune.models.split import plan_split
 from flocktune.tensors import digest, group
 from flocktune.training import product_penalty
 from flocktune.types import ClientTask, Tensors
-from flocktune.wire import decode_task, encode_task
+from flocktune.wire import build_update, decode_tensors, encode_tensors, task_fields
 from tiny_models import fill, tiny_model, tiny_tokenizer
 
 LAYERS = 5
@@ -523,14 +524,15 @@ from flocktune.assemble import emulator_client
 from flocktune.config.load import load_recipe
 from flocktune.emulation import load_emulator
 from flocktune.models.bundle import copy_bundle, receive_bundle
-from flocktune.wire import decode_task, encode_update
+from flocktune.engine.ray_worker import pack, unpack
+from flocktune.wire import build_task, update_fields
 
-task = decode_task(Path(sys.argv[1]).read_bytes())
+task = build_task(*unpack(Path(sys.argv[1]).read_bytes()))
 store = Path(sys.argv[2])
 bundle = receive_bundle(task.model_digest, lambda to: copy_bundle(store, to), Path(sys.argv[4]))
 config = load_recipe(Path(sys.argv[3]), [f"model.path={bundle.folder}"])
 update, _ = emulator_client(config, load_emulator(config, bundle), allocate_clients(config))(task, {})
-sys.stdout.buffer.write(encode_update(update))
+sys.stdout.buffer.write(pack(update_fields(update), update.delta))
 """
 
 
@@ -541,16 +543,16 @@ def test_a_client_process_needs_no_full_model(deep: World, finished: Path, tmp_p
     message = fed.server.message(state, 0)
     task = ClientTask(0, "client-02", fed.kind, message, 5, "", fed.model_digest)
     expected, _ = fed.client(task, {})
-    blob = encode_task(task)
+    blob = encode_tensors(message)
     allowed = {
         f"{part}/{name}"
         for part, names in fedbiot.split_tensors(fed.emulated.bundle.plan, fed.start).items()
         for name in names
     }  # type: ignore[union-attr]
-    assert set(decode_task(blob).tensors) == allowed, "factors of E and A go down, no weight of any model"
+    assert set(decode_tensors(blob)) == allowed, "factors of E and A go down, no weight of any model"
     factors = sum(value.numel() * 4 for value in fed.start.values())
     assert factors < len(blob) < factors + 4096, "and nothing else but names"
-    (tmp_path / "task").write_bytes(blob)
+    (tmp_path / "task").write_bytes(pack(task_fields(task), message))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(deep.recipe.read_text().replace(str(deep.model), str(tmp_path / "nowhere")))
     away = deep.model.rename(deep.folder / "hidden")
@@ -561,9 +563,7 @@ def test_a_client_process_needs_no_full_model(deep: World, finished: Path, tmp_p
         away.rename(deep.model)
     assert done.returncode == 0, done.stderr.decode()
     metrics = {name: mean for name, mean in expected.metrics.items() if name != "data_seconds"}
-    from flocktune.wire import decode_update
-
-    update = decode_update(done.stdout)
+    update = build_update(*unpack(done.stdout))
     assert digest(update.delta) == digest(expected.delta)
     assert {name: update.metrics[name] for name in metrics} == metrics
     assert set(update.delta) == {

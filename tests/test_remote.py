@@ -405,6 +405,8 @@ def test_a_reply_that_comes_twice_counts_once() -> None:
         {"weight": 1.0, "clients": 1, "metrics": {}, "more": 1},
         {"weight": 1.0, "clients": 1, "metrics": {"loss": [10**400, 1]}},
         {"weight": 1.0, "clients": 1, "metrics": {"loss": [1]}},
+        {"weight": 1.0, "clients": 1, "metrics": {"loss": [math.nan, 1]}},
+        {"weight": 1.0, "clients": 1, "metrics": {"loss": [1, math.inf]}},
         {"weight": 1.0, "clients": 1, "metrics": [1]},
         {"weight": 1.0, "clients": 1, "metrics": None},
         {"weight": "1", "clients": 1, "metrics": {}},

@@ -13,13 +13,14 @@ from flocktune.algorithms import fedavg
 from flocktune.config.schema import AggregationConfig, SchedulingConfig, ServerAdaptive, ServerSgd, Uniform
 from flocktune.engine.checkpoint import Checkpoint, CheckpointDamaged, load_checkpoint, save_checkpoint
 from flocktune.engine.in_process import InProcess
+from flocktune.engine.ray_worker import pack, unpack
 from flocktune.engine.rounds import Hooks, RoundRecord, check_update, run_rounds
 from flocktune.errors import RoundFailed, UpdateRefused
 from flocktune.interfaces import Memory, State, Transform
 from flocktune.scheduling import Cohort, select
 from flocktune.tensors import digest
 from flocktune.types import ClientTask, Failure, Mean, Update
-from flocktune.wire import decode_task, decode_update, encode_task, encode_update
+from flocktune.wire import build_task, build_update, task_fields, update_fields
 
 TARGETS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -99,10 +100,10 @@ class OverTheWire:
         self.memories: dict[str, Memory] = {}
 
     def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
-        received = (decode_task(encode_task(task)) for task in tasks)
+        received = (build_task(*unpack(pack(task_fields(task), task.tensors))) for task in tasks)
         for reply in InProcess(pull).run(received, wanted):
             assert isinstance(reply, Update)
-            yield decode_update(encode_update(reply))
+            yield build_update(*unpack(pack(update_fields(reply), reply.delta)))
 
 
 def test_over_the_wire_equals_in_process_bit_for_bit() -> None:

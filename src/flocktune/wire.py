@@ -1,4 +1,4 @@
-"""Tasks and updates as bytes: one safetensors blob whose metadata holds the rest as JSON, or the two apart.
+"""Tasks and updates as what travels: plain values for JSON, and their tensors as a safetensors blob, apart from them.
 
 Never pickle. Decoding checks what it reads; a message that is not ours raises UpdateRefused. Apart, the tensors of a
 round's task are the same bytes for every client, and are stored and compared once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from flocktune.types import ClientTask, Mean, Tensors, Update
 
 FORMAT = "flocktune/1"
 
+MOST_METRICS, LONGEST_METRIC_NAME = 64, 100
+"""Of an update: how many metrics, and the characters of a name."""
+
 _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -33,26 +37,6 @@ _DTYPES = {
 
 _NOT_OURS = (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 """What reading a stranger's bytes raises."""
-
-
-def encode_task(task: ClientTask) -> bytes:
-    """A task as bytes."""
-    return _encode("task", task_fields(task), task.tensors)
-
-
-def decode_task(blob: bytes) -> ClientTask:
-    """The task that :func:`encode_task` was given. Raises UpdateRefused."""
-    return build_task(*_decode("task", blob))
-
-
-def encode_update(update: Update) -> bytes:
-    """An update as bytes."""
-    return _encode("update", update_fields(update), update.delta)
-
-
-def decode_update(blob: bytes) -> Update:
-    """The update that :func:`encode_update` was given. Raises UpdateRefused."""
-    return build_update(*_decode("update", blob))
 
 
 def task_fields(task: ClientTask) -> dict[str, Any]:
@@ -75,13 +59,26 @@ def build_update(fields: Mapping[str, Any], tensors: Tensors) -> Update:
     """The update of :func:`update_fields` and its tensors. Raises UpdateRefused."""
     plain = dict(fields)
     try:
-        metrics = {name: Mean(float(total), float(count)) for name, (total, count) in plain.pop("metrics").items()}
+        metrics = _metrics(plain.pop("metrics"))
         if not isinstance(plain.get("weight"), int | float) or not isinstance(plain.get("clients"), int):
             raise ValueError("a weight or a number of clients that is no number")
         plain["weight"] = float(plain["weight"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UpdateRefused(f"message: expected metrics as name -> [total, count], got {error!r}") from None
     return _build(Update, plain, delta=tensors, metrics=metrics)
+
+
+def _metrics(said: Mapping[str, Any]) -> dict[str, Mean]:
+    """Few and finite: one client's are added to those of all, and stand in the run's events."""
+    if len(said) > MOST_METRICS:
+        raise ValueError(f"{len(said)} metrics, at most {MOST_METRICS} are taken")
+    metrics = {name: Mean(float(total), float(count)) for name, (total, count) in said.items()}
+    for name, mean in metrics.items():
+        if len(name) > LONGEST_METRIC_NAME:
+            raise ValueError(f"a name of {len(name)} characters, at most {LONGEST_METRIC_NAME} are taken")
+        if not (math.isfinite(mean.total) and 0 <= mean.count < math.inf):
+            raise ValueError(f"{name}: {mean}")
+    return metrics
 
 
 def encode_tensors(tensors: Tensors) -> bytes:
@@ -151,24 +148,6 @@ def _layout(tensors: Tensors) -> tuple[int, int]:
         offset = end
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + (text + 7) // 8 * 8, offset
-
-
-def _encode(kind: str, fields: dict[str, Any], tensors: Tensors) -> bytes:
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    return save(contiguous, metadata={"format": FORMAT, "kind": kind, "fields": json.dumps(fields)})
-
-
-def _decode(kind: str, blob: bytes) -> tuple[dict[str, Any], Tensors]:
-    try:
-        (length,) = struct.unpack_from("<Q", blob)
-        metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
-        fields = json.loads(metadata["fields"])
-        tensors = load(blob)
-    except _NOT_OURS as error:
-        raise UpdateRefused(f"message: expected a flocktune {kind}, got bytes that do not decode ({error})") from None
-    if metadata.get("format") != FORMAT or metadata.get("kind") != kind or not isinstance(fields, dict):
-        raise UpdateRefused(f"message: expected {FORMAT} {kind}, got {metadata.get('format')} {metadata.get('kind')}")
-    return fields, tensors
 
 
 def _build(message: type, fields: Mapping[str, Any], **more: Any) -> Any:

@@ -22,7 +22,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -34,7 +34,6 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_obj
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from google.protobuf.message import DecodeError
 
 from flocktune.engine.flower.messages import NODE_UNAVAILABLE, content_of, parcel_of
 from flocktune.engine.flower.objects import Arriving
@@ -147,7 +146,7 @@ class Fleet:
             self._answer(Message(Error(NODE_UNAVAILABLE, "the client was started anew"), reply_to=message))
         except (LinkDown, NotAdmitted):
             raise
-        except (FlocktuneError, DecodeError, ValueError) as error:  # it is wanted no more, or the file is damaged
+        except Exception as error:  # it is wanted no more, or what was taken, or the file, is no message
             _LOG.debug("a task of before: %s", error)
             self._taken.unlink(missing_ok=True)
 
@@ -164,28 +163,53 @@ class Fleet:
                 _LOG.debug("no heartbeat: %s", error)
 
     def receive(self, limit_bytes: int) -> Received | None:
-        """The next parcel, or None when there is none now. What is larger than ``limit_bytes`` comes as a refusal."""
+        """The newest parcel, or None when there is none now. What is larger than ``limit_bytes`` comes as a refusal.
+
+        Flower hands messages out oldest first; those before the newest are tasks that nobody waits for any more, or
+        else of another run, which gives them out anew.
+        """
         if self._forgotten:
             raise LinkDown("the coordinator does not know this connection any more")
+        newest = None
+        while not self._stop.is_set() and (found := self._next()):
+            if newest is not None:
+                self._supersede(newest[0])
+            newest = found
+        if newest is None:
+            return None
+        message, tree = newest
+        try:
+            whole = self._pull(Arriving(tree), message.metadata.run_id, limit_bytes)
+            received = Received(message, parcel_of(whole))
+        except UpdateRefused as refusal:
+            received = Received(message, None, str(refusal))
+        self._confirm(message)
+        return received
+
+    def _next(self) -> tuple[Message, ObjectTree] | None:
+        """The oldest message that was not handed out, without its objects."""
         with _errors_said():
             found = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not found.messages_list:
             return None
         with suppress(OSError):
             write_atomic(self._taken, found.messages_list[0].SerializeToString())
-        message, tree = message_from_proto(found.messages_list[0]), found.message_object_trees[0]
-        run_id = message.metadata.run_id
-        try:
-            whole = self._pull(Arriving(tree), run_id, limit_bytes)
-            received = Received(message, parcel_of(whole.content))
-        except (UpdateRefused, ValueError) as error:
-            received = Received(message, None, str(error))
+        return message_from_proto(found.messages_list[0]), found.message_object_trees[0]
+
+    def _supersede(self, message: Message) -> None:
+        """Give a task back for a newer one. The note of the task that was taken last is the newer one's: it stays."""
+        with suppress(FlocktuneError):  # as when its run is over: then nobody waits for it
+            self._confirm(message)
+            self._push(Message(Error(NODE_UNAVAILABLE, "superseded by a newer task"), reply_to=message))
+
+    def _confirm(self, message: Message) -> None:
+        """Say that a message has come, and need not be kept."""
+        metadata = message.metadata
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
+        )
         with _errors_said():
-            request = ConfirmMessageReceivedRequest(
-                node=self._node, run_id=run_id, message_object_id=message.metadata.message_id
-            )
             self._client.ConfirmMessageReceived(request)
-        return received
 
     def _pull(self, arriving: Arriving, run_id: int, limit_bytes: int) -> Message:
         """All of a message. A connection that breaks in the middle is waited for: nobody sends this message again."""

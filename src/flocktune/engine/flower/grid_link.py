@@ -52,7 +52,10 @@ class GridLink:
         return {client: number for client, number in zip(parcels, ids, strict=False) if number}
 
     def receive(self, asked: Mapping[str, str], limit_bytes: int) -> Iterator[tuple[str, Parcel | Lost]]:
-        """Replies that have come. A message whose objects have not all come is looked at again next time."""
+        """Replies that have come. A message whose objects have not all come is looked at again next time.
+
+        Until then nothing of it is kept: clients that send almost all of a reply do not fill the memory.
+        """
         clients = {number: client for client, number in asked.items()}
         self._arriving = {number: arriving for number, arriving in self._arriving.items() if number in clients}
         fresh = [number for number in clients if number not in self._arriving]
@@ -69,8 +72,11 @@ class GridLink:
                 del self._arriving[number]
                 continue
             try:
-                with _as_link_down():
-                    message = arriving.pull(pull_object, limit_bytes)
+                try:
+                    with _as_link_down():
+                        message = arriving.pull(pull_object, limit_bytes)
+                finally:
+                    arriving.let_go()
                 if message is None:
                     continue
                 reply = _reply_of(message)
@@ -94,7 +100,7 @@ def _reply_of(message: Message) -> Parcel | Lost:
         if error.code == NODE_UNAVAILABLE:
             return Lost("the connection was lost", again=True)
         return Lost(f"Flower's error {error.code}: {str(error.reason)[:500]}")
-    return parcel_of(message.content)
+    return parcel_of(message)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ know no bfloat16), and pieces that the server holds already, as those of a round
 
 from __future__ import annotations
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flocktune.engine.parcels import Parcel, from_text, to_text
 from flocktune.errors import UpdateRefused
@@ -31,15 +31,17 @@ def content_of(parcel: Parcel, carried: dict[int, ArrayRecord] | None = None) ->
     return RecordDict({_TOLD: told, _TENSORS: known[id(parcel.blob)]})
 
 
-def parcel_of(content: RecordDict) -> Parcel:
+def parcel_of(message: Message) -> Parcel:
     """The parcel that a message carries. Raises UpdateRefused for anything else."""
     try:
-        told, tensors = content[_TOLD], content[_TENSORS]
+        told, tensors = message.content[_TOLD], message.content[_TENSORS]
         if not isinstance(told, ConfigRecord) or not isinstance(tensors, ArrayRecord):
             raise TypeError("other records")
         text, blob = told[_JSON], tensors[_BLOB].data if _BLOB in tensors else b""
         if not isinstance(text, str):
             raise TypeError("no line of JSON")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UpdateRefused(f"message: expected a parcel of flocktune, got another message ({error})") from None
-    return from_text(text, blob)
+        return from_text(text, blob)
+    except UpdateRefused:
+        raise
+    except Exception as error:  # whatever a stranger's records raise
+        raise UpdateRefused(f"message: expected a parcel of flocktune, got another message ({error!r})") from None
