@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flocktune.audit import AuditLog, nonces, read_audit, rounds_taken, verify
+from flocktune.audit import AuditLog, nonces, read_audit, rounds_taken, updates_taken, verify
 
 
 @pytest.fixture
@@ -154,6 +154,7 @@ def test_only_what_left_counts_as_a_round(log: AuditLog) -> None:
     log.task_refused(run="run-1", round=1, nonce="d", reasons=['"event": "update_left"'])
     assert rounds_taken(log.path, "run-1") == 2, "a round that was answered twice counts twice"
     assert rounds_taken(log.path, "run-2") == 1
+    assert updates_taken(log.path) == 3
     assert nonces(log.path) == {"a", "b", "c"}
 
 

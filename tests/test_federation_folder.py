@@ -390,7 +390,7 @@ def test_only_the_invited_ones_own_words_are_accepted(fed: Federation, invited: 
     stranger = make_request(replace(invited, secret="00" * 32), KEY)
     swapped = replace(good, public_key=OTHER_KEY)
     empty = replace(good, proof="")
-    for forged in (stranger, swapped, empty, replace(good, proof="ä")):
+    for forged in (stranger, swapped, empty, *(replace(good, proof=text) for text in ("ä", "\ud800", "a" * 64))):
         with refused("a proof under the newest invitation's secret"):
             accept(fed, forged)
     with refused(f"one for federation {fed.id}"):
@@ -445,6 +445,17 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a port that is true": (lambda entries: {**entries, "port": True}, "port"),
     "a port that is none": (lambda entries: {**entries, "port": 70000}, "port"),
     "no certificate": (lambda entries: {**entries, "ca": "x"}, "ca"),
+    "a certificate without its end": (lambda entries: {**entries, "ca": "-----BEGIN CERTIFICATE-----\nx"}, "ca"),
+    "a certificate of half letters": (lambda entries: {**entries, "ca": entries["ca"] + "\ud800"}, "ca"),
+    "a key that is none": (lambda entries: {**entries, "private_key": "anything\n"}, "private_key"),
+    "a key of half letters": (lambda entries: {**entries, "private_key": "\ud800"}, "private_key"),
+    "a secret of half a byte": (lambda entries: {**entries, "secret": "a" * 33}, "secret"),
+    "a federation that climbs": (lambda entries: {**entries, "federation": "../x"}, "federation"),
+    "a federation from the root": (lambda entries: {**entries, "federation": "/etc"}, "federation"),
+    "an id of two": (lambda entries: {**entries, "federation_id": "a b"}, "federation_id"),
+    "a host that paints": (lambda entries: {**entries, "host": "h\x1b]0;x\x07"}, "host"),
+    "an address that paints": (lambda entries: {**entries, "host": "fe80::1%\x1b]0;x\x07"}, "host"),
+    "a format that paints": (lambda entries: {**entries, "format": "flocktune-invitation/\x1b"}, "another file"),
     "a short secret": (lambda entries: {**entries, "secret": "00"}, "secret"),
     "a name that climbs": (lambda entries: {**entries, "client": "../../x"}, "client"),
     "a host of another kind": (lambda entries: {**entries, "host": ["x"]}, "host"),
@@ -460,8 +471,9 @@ def test_a_damaged_invitation_is_named(tmp_path: Path, invited: Invitation, dama
     spoil, part = DAMAGES[damage]
     spoiled = spoil(json.loads(path.read_text()))
     path.write_text(spoiled if isinstance(spoiled, str) else json.dumps(spoiled))
-    with refused(str(path), part):
+    with refused(str(path), part) as caught:
         read_invitation(path)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_damaged_request_is_named(tmp_path: Path, invited: Invitation) -> None:
@@ -471,7 +483,8 @@ def test_a_damaged_request_is_named(tmp_path: Path, invited: Invitation) -> None
     write_request(path, make_request(invited, KEY))
     whole = json.loads(path.read_text())
     assert read_request(path) == make_request(invited, KEY)
-    for key, value in (("public_key", "x"), ("proof", 3), ("client", "a/b"), ("federation_id", None)):
+    for key, value in (("public_key", "x"), ("proof", 3), ("client", "a/b"), ("federation_id", None),
+                       ("federation_id", "\ud800")):  # fmt: skip
         path.write_text(json.dumps({**whole, key: value}))
         with refused(key.replace("_", " ") if key == "public_key" else key):
             read_request(path)

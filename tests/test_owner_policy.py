@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flocktune.algorithms import fedavg, fedbiot
-from flocktune.config.schema import LoraConfig
+from flocktune.config.schema import Columns, LoraConfig
 from flocktune.errors import UpdateRefused, UserError
 from flocktune.models.lora import A_SUFFIX, B_SUFFIX
 from flocktune.owner.leaving import leaving
@@ -52,7 +52,15 @@ def test_a_policy_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_settings_are_read(tmp_path: Path) -> None:
     text = f"methods: [fedbiot]\nmodels: ['{MODEL}']\nhours: 20:00-06:00\nclip_norm: 1e-1\nmax_gpu_memory_gb: 8\n"
-    expected = Policy(methods=("fedbiot",), models=(MODEL,), hours="20:00-06:00", clip_norm=0.1, max_gpu_memory_gb=8.0)
+    text += "columns: {instruction: question, response: answer}\n"
+    expected = Policy(
+        methods=("fedbiot",),
+        models=(MODEL,),
+        columns=Columns(instruction="question", response="answer"),
+        hours="20:00-06:00",
+        clip_norm=0.1,
+        max_gpu_memory_gb=8.0,
+    )
     assert policy_of(tmp_path, text) == expected
 
 
@@ -84,6 +92,7 @@ def test_every_problem_of_a_file_is_in_one_message(tmp_path: Path) -> None:
         (" \n", "an empty file"),
         ("- 1", "a mapping of settings"),
         ("hours: '06:00-06:00'", "two different times"),
+        ("columns: {answer: response}", "columns.answer: expected a known setting"),
         ("hours: 2030-01-01", "plain values with text keys"),
         ("max_minutes: .inf", "max_minutes: expected"),
         ("max_minutes: .nan", "max_minutes: expected"),
@@ -100,12 +109,24 @@ def test_a_missing_policy_is_named(tmp_path: Path) -> None:
 
 
 def test_a_task_inside_the_policy_is_not_refused() -> None:
-    assert refusals(Policy(), ASKED, NOON, 0) == []
+    assert refusals(Policy(), ASKED, NOON, 0, 0) == []
     of_fedbiot = replace(ASKED, method="fedbiot", kind=fedbiot.KIND)
     strict = Policy(
-        methods=("fedbiot",), models=(MODEL,), max_rounds=4, hours="12:00-12:01", max_rank=8, max_task_mb=1, min_rows=40
+        methods=("fedbiot",),
+        models=(MODEL,),
+        columns=Columns(response="answer"),
+        max_rounds=4,
+        max_updates=10,
+        hours="12:00-12:01",
+        max_rank=8,
+        max_task_mb=1,
+        min_rows=40,
     )
-    assert refusals(strict, replace(of_fedbiot, task_bytes=MB), NOON, 3) == [], "every bound belongs to what is allowed"
+    assert refusals(strict, replace(of_fedbiot, task_bytes=MB), NOON, 3, 9) == [], (
+        "every bound belongs to what is allowed"
+    )
+    same = replace(of_fedbiot, columns=Columns(response="answer"))
+    assert refusals(strict, same, NOON, 3, 9) == [], "a recipe may name the columns that the owner did"
 
 
 @pytest.mark.parametrize(
@@ -137,17 +158,30 @@ def test_a_task_inside_the_policy_is_not_refused() -> None:
         (Policy(max_rank=7), {}, 0, "policy: max_rank: expected a rank from 1 to 7, got 8"),
         (Policy(), {"rank": 0}, 0, "expected a rank from 1 to 256, got 0"),
         (Policy(max_task_mb=1), {"task_bytes": 3 * MB // 2}, 0, "expected a task of at most 1 MB, got 1.5 MB"),
+        (Policy(max_updates=9), {}, 0, "policy: max_updates: expected at most 9 updates in all, got one more after 9"),
+        (
+            Policy(),
+            {"columns": Columns(response="patient_name")},
+            0,
+            "policy: columns: expected columns with the usual names, got a recipe that reads response from 'pat",
+        ),
+        (
+            Policy(columns=Columns(response="a")),
+            {"columns": Columns(response="b")},
+            0,
+            "expected response from 'a', got",
+        ),
         (Policy(min_rows=41), {}, 0, "policy: min_rows: expected at least 41 rows to train on, got 40"),
     ],
 )
 def test_each_reason_to_refuse(policy: Policy, change: dict[str, object], taken: int, words: str) -> None:
-    (reason,) = refusals(policy, replace(ASKED, **change), NOON, taken)  # type: ignore[arg-type]
+    (reason,) = refusals(policy, replace(ASKED, **change), NOON, taken, 9)  # type: ignore[arg-type]
     assert words in reason
 
 
 def test_every_reason_is_given() -> None:
     policy = Policy(methods=("fedbiot",), models=(OTHER,), hours="20:00-06:00", max_rank=4, min_rows=50)
-    assert len(refusals(policy, ASKED, NOON, 1000)) == 6
+    assert len(refusals(policy, ASKED, NOON, 1000, 1000)) == 6
 
 
 @pytest.mark.parametrize(
@@ -167,7 +201,7 @@ def test_every_reason_is_given() -> None:
 )
 def test_hours_may_go_over_midnight(hours: str, clock: str, inside: bool) -> None:
     now = datetime.fromisoformat(f"2030-01-01T{clock}:00")
-    assert (refusals(Policy(hours=hours), ASKED, now, 0) == []) is inside
+    assert (refusals(Policy(hours=hours), ASKED, now, 0, 0) == []) is inside
 
 
 # --- what may leave --------------------------------------------------------------------------------

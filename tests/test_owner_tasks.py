@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from flocktune import resident
 from flocktune.audit import AuditLog, read_audit, verify
+from flocktune.config.schema import Columns
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, Parcel
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.federated import bundle_tensors
@@ -28,6 +30,7 @@ from flocktune.models import bundle as bundles
 from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.owner import tasks
 from flocktune.owner.home import AUDIT, POLICY
+from flocktune.owner.policy import GB, Policy
 from flocktune.owner.tasks import Owner
 from flocktune.tensors import norm
 from flocktune.wire import decode_tensors, encode_tensors
@@ -431,6 +434,79 @@ def test_max_rounds_counts_this_run_alone_over_restarts(scene: Scene, bob: Owner
     assert "at most 2 updates of one run, got one more after 2" in refused(replace(bob), scene.task())
     assert ask(bob, scene.task(run="another")).kind == UPDATE
     assert "one more after 2" in refused(bob, scene.task())
+
+
+def test_max_updates_counts_all_runs(scene: Scene, bob: Owner) -> None:
+    """The coordinator names the runs, and could call each round one."""
+    policy(bob, "max_updates: 2")
+    for run in ("one", "two"):
+        assert ask(replace(bob), scene.task(run=run)).kind == UPDATE
+    assert "policy: max_updates: expected at most 2 updates in all, got one more" in refused(bob, scene.task(run="3"))
+
+
+def test_an_owners_columns_are_the_owners(
+    scene: Scene, bob: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Summarise", "response": "ok", "patient_name": "Ada L."}\n')
+    bob = replace(bob, data=str(rows))
+    read: list[Columns] = []
+    real = tasks.owners_side
+
+    def side(config: Any, *given: Any) -> tasks.OwnersSide:
+        read.append(config.data.columns)
+        return real(config, *given)
+
+    monkeypatch.setattr(tasks, "owners_side", side)
+    names = "data.columns={response: patient_name}"
+    reason = refused(bob, scene.task(names))
+    assert "policy: columns: expected columns with the usual names, got a recipe that reads response" in reason
+    assert read == []
+    assert ask(bob, scene.task()).kind == UPDATE
+    policy(bob, "columns: {response: patient_name}")
+    for task in (scene.task(names), scene.task()):
+        assert ask(bob, task).kind == UPDATE
+    assert read == [Columns(), Columns(response="patient_name"), Columns(response="patient_name")]
+    assert "policy: columns" in refused(bob, scene.task("data.columns={response: response}"))
+
+
+@pytest.mark.parametrize(
+    ("of_policy", "of_owner", "of_recipe", "used"),
+    [(4, 3, 5, 3), (2, 3, 5, 2), (None, 3, 1, 1), (None, 0, 100_000, 6), (None, 9, 0, 6), (None, 0, 0, 5)],
+)
+def test_the_least_number_of_threads_is_used(
+    scene: Scene,
+    bob: Owner,
+    monkeypatch: pytest.MonkeyPatch,
+    of_policy: int | None,
+    of_owner: int,
+    of_recipe: int,
+    used: int,
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(tasks.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(tasks, "_USUAL_THREADS", 5)
+    policy(bob, f"max_threads: {of_policy or 'null'}")
+    assert ask(replace(bob, threads=of_owner), scene.task(f"runtime.threads={of_recipe}")).kind == UPDATE
+    assert taken == [used]
+
+
+def test_gpu_memory_is_bounded_on_the_owners_device_and_free_again(bob: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[tuple[float, int]] = []
+    memory = {0: 8 * GB, 1: 16 * GB}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=memory[index]))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, index: shares.append((share, index))
+    )
+    monkeypatch.setattr(tasks, "pick_device", torch.device)
+    bob = replace(bob, device="cuda:1", max_gpu_memory_gb=8.0)
+    bob._limit(Policy(max_gpu_memory_gb=4.0))
+    bob._limit(Policy())
+    replace(bob, max_gpu_memory_gb=None)._limit(Policy())
+    replace(bob, device="cuda")._limit(Policy(max_gpu_memory_gb=4.0))
+    replace(bob, device="cpu")._limit(Policy())
+    assert shares == [(0.25, 1), (0.5, 1), (1.0, 1), (0.5, 0)]
 
 
 def test_hours(scene: Scene, bob: Owner, trained: list[str]) -> None:

@@ -27,7 +27,7 @@ from flocktune.enrolment import Invitation, public_key_of
 from flocktune.errors import FlocktuneError, Problem, UpdateRefused, UserError
 from flocktune.owner import join as stay
 from flocktune.owner import worker as workers
-from flocktune.owner.home import AUDIT, POLICY, Home, make_home
+from flocktune.owner.home import AUDIT, CACHE, POLICY, Home, make_home
 from flocktune.owner.policy import MB, write_policy
 from flocktune.owner.worker import LOG, Settings, Worker, WorkerDied
 from tiny_federation import Scene, make_scene
@@ -101,7 +101,10 @@ STOP = threading.Event()
 # --- the worker ------------------------------------------------------------------------------------------
 
 
-def test_a_worker_keeps_its_model_over_rounds_runs_and_network_sides(scene: Scene, settings_: Settings) -> None:
+def test_a_worker_keeps_its_model_over_rounds_runs_and_network_sides(
+    scene: Scene, settings_: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLOCKTUNE_CACHE")
     worker = Worker(settings_)
     first = worker.ask(scene.task(round=0), PATIENCE_S)
     assert first.kind == UPDATE, first
@@ -112,6 +115,9 @@ def test_a_worker_keeps_its_model_over_rounds_runs_and_network_sides(scene: Scen
     assert worker.process_id == process
     assert stat.S_IMODE(settings_.socket.stat().st_mode) == 0o600
     assert stat.S_IMODE((Path(settings_.home) / LOG).stat().st_mode) == 0o600
+    kept = Path(settings_.home) / CACHE
+    assert list(kept.glob("*.arrow")), "rows as tokens lie in the home"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
     connection_of(worker).close()  # as the system does for a network side that was killed
     again = Worker(settings_)
     assert again.ask(scene.task(round=0), PATIENCE_S).sha256 == first.sha256
@@ -140,7 +146,7 @@ def test_a_worker_keeps_its_model_over_rounds_runs_and_network_sides(scene: Scen
 
 def again_greeted(settings_: Settings) -> int:
     worker = Worker(settings_)
-    connection = worker._greet()
+    connection = worker._greet(threading.Event())
     assert connection is not None
     connection.close()
     return worker.process_id
@@ -251,8 +257,40 @@ def test_a_worker_that_never_gets_to_it_is_replaced(settings_: Settings, monkeyp
     with subprocess.Popen([sys.executable, "-c", DEAF, str(settings_.socket)], stdin=pipe, stdout=pipe) as deaf:
         assert deaf.stdout is not None
         deaf.stdout.readline()
-        assert Worker(settings_)._greet() is None
+        assert Worker(settings_)._greet(threading.Event()) is None
         assert deaf.wait(60) == -signal.SIGKILL
+
+
+def test_a_stop_waits_for_no_worker(settings_: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for one that does not get to it, nor for one that does not listen yet."""
+    monkeypatch.setattr(workers, "HELLO_S", PATIENCE_S)
+    stop = threading.Event()
+    stop.set()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", DEAF, str(settings_.socket)], stdin=pipe, stdout=pipe) as deaf:
+        assert deaf.stdout is not None
+        deaf.stdout.readline()
+        with pytest.raises(WorkerDied, match="was stopped"):
+            Worker(settings_).ask(Parcel(TASK, {}), PATIENCE_S, stop)
+        assert deaf.poll() is None
+        ending = threading.Thread(target=Worker(settings_).stop, daemon=True)
+        ending.start()
+        ending.join(60)
+        assert not ending.is_alive()
+        assert deaf.wait(60) == -signal.SIGKILL
+
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(workers.sys, "executable", str(silent))
+    monkeypatch.setattr(
+        workers.subprocess, "Popen", lambda *given, **more: started.append(real(*given, **more)) or started[-1]
+    )
+    with pytest.raises(WorkerDied, match="was stopped"):
+        Worker(settings_).ask(Parcel(TASK, {}), PATIENCE_S, stop)
+    assert started[0].wait(60) == -signal.SIGKILL
 
 
 def test_a_worker_bounds_its_own_time(settings_: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +472,9 @@ def test_no_answer_of_a_coordinator_ends_a_stay(stayed: Any) -> None:
         ),
     ],
 )
-def test_a_worker_that_fails_is_answered_for(stayed: Any, error: FlocktuneError, reason: str) -> None:
+def test_a_worker_that_fails_is_answered_for_and_written_down(
+    stayed: Any, home: Home, error: FlocktuneError, reason: str
+) -> None:
     """Under the task's own nonce, and without the owner's paths."""
 
     def fails(parcel: Parcel) -> Parcel:
@@ -443,22 +483,59 @@ def test_a_worker_that_fails_is_answered_for(stayed: Any, error: FlocktuneError,
     told = stayed(fails, tasks=[task_of()])
     assert told.replies == [Parcel(FAILURE, {**FIELDS, "reason": reason})]
     assert str(error) in told.said
+    _, refusal, _ = read_audit(home.folder / AUDIT)
+    assert (refusal["event"], refusal["reasons"]) == ("task_refused", [str(error)])
+    assert (refusal["run"], refusal["round"], refusal["nonce"]) == ("r", 4, "n")
 
 
 @pytest.mark.parametrize("round_", [True, -1, 10**4000, float("nan"), "4", [4], None])
-def test_fields_of_a_stranger_are_repeated_only_as_far_as_they_can_be(stayed: Any, round_: Any) -> None:
+def test_fields_of_a_stranger_are_repeated_only_as_far_as_they_can_be(stayed: Any, home: Home, round_: Any) -> None:
     def fails(parcel: Parcel) -> Parcel:
         raise WorkerDied("died")
 
-    assert len(stayed(fails, tasks=[task_of(round=round_)]).replies) == 1
+    assert len(stayed(fails, tasks=[task_of(round=round_, run="r" * 5000, nonce=7)]).replies) == 1
+    _, refusal, _ = read_audit(home.folder / AUDIT)
+    assert (refusal["run"], refusal["nonce"]) == ("r" * 200, "")
+    assert refusal["round"] == (round_ if type(round_) is int and round_ < 2**64 else -1)
     told = stayed(lambda parcel: Parcel(FAILURE, {"reason": "no"}), tasks=[task_of(round=round_)])
     assert told.said[-1] == "a task: not done: no"
 
 
-def test_what_is_no_parcel_is_answered_without_the_worker(stayed: Any) -> None:
+def test_what_is_no_parcel_is_answered_and_written_down_without_the_worker(stayed: Any, home: Home) -> None:
     told = stayed(tasks=[Received(object(), None, "message: expected flocktune-parcel/1")])  # type: ignore[arg-type]
     assert told.worker.asked == []
     assert told.replies == [Parcel(FAILURE, {"reason": "message: expected flocktune-parcel/1"})]
+    _, refusal, _ = read_audit(home.folder / AUDIT)
+    assert (refusal["event"], refusal["round"]) == ("task_refused", -1)
+    assert refusal["reasons"] == ["message: expected flocktune-parcel/1"]
+
+
+def test_on_a_full_disk_a_refusal_is_still_answered(stayed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flocktune import audit
+
+    real = audit._write_whole
+
+    def full(descriptor: int, data: bytes) -> None:
+        if b"task_refused" in data:
+            raise OSError(28, "No space left on device")
+        real(descriptor, data)
+
+    monkeypatch.setattr(audit, "_write_whole", full)
+    told = stayed(tasks=[Received(object(), None, "no parcel")])  # type: ignore[arg-type]
+    assert len(told.replies) == 1
+    assert "not in the audit log" in told.said[-1]
+
+
+def test_what_a_stranger_wrote_does_not_paint(stayed: Any) -> None:
+    paint = "\x1b]0;owned\x07\x1b[2J"
+    told = stayed(
+        lambda parcel: Parcel(FAILURE, {"reason": paint}),
+        connects=[NotAdmitted(0.0, paint), LinkDown(paint), FlocktuneError(paint), ValueError(paint)],
+        tasks=[task_of(), Received(object(), None, paint)],  # type: ignore[arg-type]
+        replies=[FlocktuneError(paint)],
+    )
+    assert len(told.said) == 8
+    assert all(text.isprintable() for text in told.said)
 
 
 def test_the_policy_bounds_messages_and_minutes_from_one_task_to_the_next(stayed: Any, home: Home) -> None:
@@ -509,21 +586,86 @@ def test_a_stop_ends_a_stay_whatever_it_waits_for(home: Home, monkeypatch: pytes
 def test_two_processes_do_not_share_a_home(stayed: Any, home: Home) -> None:
     from flocktune.files import exclusive
 
-    with exclusive(home.folder), pytest.raises(UserError, match="another process holds"):
-        stayed()
+    with exclusive(home.folder):
+        with pytest.raises(UserError, match=r"a home that no join is using.*another process holds.*Another join"):
+            stayed()
+        with pytest.raises(UserError, match="Another join is running with this home"):
+            make_home(home.folder, INVITATION)
     assert list(read_audit(home.folder / AUDIT)) == []
 
 
+# --- the home ----------------------------------------------------------------------------------------------
+
+OPEN = replace(INVITATION, secret="ab" * 32)
+
+
+def invited_again(secret: str) -> Invitation:
+    return replace(OPEN, secret=secret * 32)
+
+
 def test_a_home_belongs_to_one_federation_and_a_new_invitation_means_a_new_key(tmp_path: Path) -> None:
-    open_invitation = replace(INVITATION, private_key=None, secret="ab" * 32)
-    home = make_home(tmp_path / "home", open_invitation)
-    assert make_home(tmp_path / "home", open_invitation).public_key == home.public_key
-    with pytest.raises(UserError, match="--home"):
-        make_home(tmp_path / "home", replace(open_invitation, federation_id="another"))
+    home = make_home(tmp_path / "home", OPEN)
+    assert make_home(tmp_path / "home", OPEN).public_key == home.public_key
     # Invited anew before it was ever let in: the key is as good as it was.
-    assert make_home(tmp_path / "home", replace(open_invitation, secret="cd" * 32)).public_key == home.public_key
-    home.node.write_text("17")  # it was let in; a further invitation means that it was removed since
-    again = make_home(tmp_path / "home", replace(open_invitation, secret="ef" * 32))
-    assert again.public_key != home.public_key
-    assert not home.node.exists(), "so that join writes a request"
-    assert public_key_of((home.folder / "key.before").read_bytes()) == home.public_key
+    assert make_home(tmp_path / "home", invited_again("cd")).public_key == home.public_key
+    for number in (1, 2):
+        before = make_home(tmp_path / "home", OPEN)
+        home.node.write_text("17")  # it was let in; a further invitation means that it was removed since
+        again = make_home(tmp_path / "home", invited_again(f"e{number}"))
+        assert again.public_key != before.public_key
+        assert not home.node.exists(), "so that join writes a request"
+        assert public_key_of((home.folder / f"key.before-{number}").read_bytes()) == before.public_key
+        assert stat.S_IMODE((home.folder / f"key.before-{number}").stat().st_mode) == 0o600
+
+
+def test_an_older_invitation_locks_nobody_out(tmp_path: Path) -> None:
+    from flocktune.enrolment import new_private_key
+
+    make_home(tmp_path / "home", OPEN)
+    (tmp_path / "home" / "node").write_text("17")
+    brought = replace(INVITATION, private_key=new_private_key().decode())
+    home = make_home(tmp_path / "home", brought)
+    assert home.public_key == public_key_of(str(brought.private_key).encode())
+    home.node.write_text("18")
+    assert make_home(tmp_path / "home", OPEN).public_key == home.public_key
+    make_home(tmp_path / "home", invited_again("ef"))
+    home.node.write_text("19")
+    last = make_home(tmp_path / "home", invited_again("ef"))
+    assert make_home(tmp_path / "home", brought).public_key == last.public_key != home.public_key
+    assert home.node.exists()
+
+
+def test_who_only_looks_changes_no_key(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", OPEN, look=True)
+    home.node.write_text("17")
+    before = {path.name: path.read_bytes() for path in home.folder.iterdir()}
+    assert make_home(home.folder, invited_again("cd"), look=True) == home
+    assert {path.name: path.read_bytes() for path in home.folder.iterdir()} == before
+    assert make_home(home.folder, invited_again("cd")).public_key != home.public_key, "it is still new to join"
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_a_folder_of_others_is_left_alone(tmp_path: Path, look: bool) -> None:
+    home = make_home(tmp_path / "home", OPEN)
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "letter").write_text("dear")
+    for folder, invitation in (
+        (home.folder, replace(OPEN, federation_id="another")),
+        (tmp_path / "documents", OPEN),
+    ):
+        folder.chmod(0o755)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match=r"Choose another.*--home"):
+            make_home(folder, invitation, look=look)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_a_key_that_is_gone_is_named_and_a_new_invitation_makes_one(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", OPEN)
+    home.node.write_text("17")
+    home.key.unlink()
+    with pytest.raises(UserError, match=r"home/key: expected the key that the coordinator has let in, got nothing"):
+        make_home(home.folder, OPEN)
+    assert make_home(home.folder, invited_again("cd")).public_key != home.public_key
+    assert not home.node.exists()

@@ -294,6 +294,29 @@ def test_rows_are_counted_and_mistakes_are_named(world: World, tmp_path: Path) -
     assert (absent.ok, "nothing there" in absent.said) == (False, True)
 
 
+def test_the_owners_columns_are_read(tmp_path: Path, world: World, free_port: int) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"findings": "a", "impression": "b"}\n')
+    place = replace(place_of(world, tmp_path, free_port, ""), data=str(rows), model=None)
+
+    def data() -> Finding:
+        return next(finding for finding in ready.readiness(place) if finding.name == "data")
+
+    assert data().ok is False
+    place.policy.write_text("columns: {instruction: findings, response: impression}\n")
+    assert (data().ok, data().said) == (True, "1 rows")
+
+
+def test_what_a_stranger_says_does_not_paint() -> None:
+    console = Console(width=80, record=True, file=StringIO(), force_terminal=False)
+    console.print(ready.readiness_table([Finding("enrolled", False, "a\x1b]0;x\x07\nb", "fix")]))
+    assert [line.split() for line in console.export_text().splitlines()] == [
+        ["no", "enrolled", "a", "]0;x"],
+        ["b"],
+        ["fix"],
+    ]
+
+
 def test_a_models_digest_is_shown_and_compared(world: World, tmp_path: Path) -> None:
     digest = model_digest(ModelConfig(path=str(world.model)))
     (named,) = ready.check_models(str(world.model), None, Policy())

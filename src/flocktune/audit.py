@@ -145,6 +145,11 @@ def rounds_taken(path: Path, run: str) -> int:
     return sum(record.get("run") == run for record in _updates(path))
 
 
+def updates_taken(path: Path) -> int:
+    """How many updates left, in all runs."""
+    return sum(1 for _ in _updates(path))
+
+
 def nonces(path: Path) -> set[str]:
     """The nonces of all tasks that an update left for: such a task that comes again is a replay."""
     return {str(record["nonce"]) for record in _updates(path) if "nonce" in record}

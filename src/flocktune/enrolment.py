@@ -140,7 +140,9 @@ def read_invitation(path: Path) -> Invitation:
     """
     entries = _read(path, INVITATION_FORMAT, "an invitation", "Ask the coordinator for it: flocktune federation enrol.")
     invitation = Invitation(
-        *(checked_name(_text(path, entries, key), f"{path}: {key}") for key in ("federation_id", "federation", "client")),
+        _named(path, entries, "federation_id"),
+        _named(path, entries, "federation"),
+        _named(path, entries, "client"),
         _text(path, entries, "host"),
         entries.get("port"),  # type: ignore[arg-type]  # checked below
         _text(path, entries, "ca"),
@@ -156,7 +158,10 @@ def read_invitation(path: Path) -> Invitation:
     except (ssl.SSLError, ValueError, TypeError):
         raise _damaged(path, "ca", "a certificate (PEM)", invitation.ca[:30]) from None
     if invitation.private_key is not None:
-        public_key_of(invitation.private_key.encode(errors="replace"))
+        try:
+            public_key_of(invitation.private_key.encode(errors="replace"))
+        except UserError:
+            raise _damaged(path, "private_key", "a P-384 key in OpenSSH's format", "something else") from None
     elif not _SECRET.fullmatch(invitation.secret):
         raise _damaged(path, "secret", "at least 32 hex digits, an even number", "something else")
     return invitation
@@ -177,9 +182,12 @@ def write_request(path: Path, request: EnrolmentRequest) -> None:
 def read_request(path: Path) -> EnrolmentRequest:
     """Read a request; the proof is not checked yet. Raises UserError as ``read_invitation`` does."""
     entries = _read(path, REQUEST_FORMAT, "a request", "The owner writes one by: flocktune join NAME.bundle")
-    request = EnrolmentRequest(*(_text(path, entries, key) for key in EnrolmentRequest.__dataclass_fields__))
-    for key in ("federation_id", "client"):
-        checked_name(getattr(request, key), f"{path}: {key}")
+    request = EnrolmentRequest(
+        _named(path, entries, "federation_id"),
+        _named(path, entries, "client"),
+        _text(path, entries, "public_key"),
+        _text(path, entries, "proof"),
+    )
     fingerprint(request.public_key)
     return request
 
@@ -241,11 +249,12 @@ def _read(path: Path, format: str, what: str, fix: str) -> dict[str, Any]:
     found = entries.get("format") if isinstance(entries, dict) else None
     if found == format:
         return dict(entries)
-    kind, _, version = str(found).rpartition("/")
+    found = found[:60] if isinstance(found, str) and found.isprintable() else ""
+    kind, _, version = found.rpartition("/")
     if kind == format.rpartition("/")[0]:
         fix = "Coordinator and owner need the same version of flocktune."
-        raise UserError(Problem(str(path), f"{what} of version {format.rpartition('/')[2]}", f"version {version[:20]!r}", fix))
-    raise UserError(Problem(str(path), f"{what} ({format})", "another file" if found is None else repr(str(found)[:60]), fix))
+        raise UserError(Problem(str(path), f"{what} of version {format.rpartition('/')[2]}", f"version {version}", fix))
+    raise UserError(Problem(str(path), f"{what} ({format})", found or "another file", fix))
 
 
 def _text(path: Path, entries: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
@@ -253,6 +262,10 @@ def _text(path: Path, entries: Mapping[str, Any], key: str, *, empty: bool = Fal
     if not isinstance(value, str) or not (value or empty):
         raise _damaged(path, key, "text", value)
     return value
+
+
+def _named(path: Path, entries: Mapping[str, Any], key: str) -> str:
+    return checked_name(_text(path, entries, key), f"{path}: {key}")
 
 
 def _damaged(path: Path, key: str, expected: str, got: object) -> UserError:

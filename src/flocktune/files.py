@@ -89,10 +89,14 @@ class Held(UserError):
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(
+    folder: Path,
+    what: str = "a run folder that nobody is using",
+    fix: str = "Wait for that run, or choose another folder with --out.",
+) -> Iterator[None]:
     """Hold ``folder`` for this process. The lock goes with the process, also after kill -9.
 
-    Raises Held, a UserError, when another process holds it.
+    Raises Held, a UserError, when another process holds it: ``what`` was expected, and ``fix`` says what to do.
     """
     with (folder / ".lock").open("a") as file:
         for tries_left in reversed(range(10)):
@@ -101,14 +105,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not tries_left:
-                    raise Held(
-                        Problem(
-                            str(folder),
-                            "a run folder that nobody is using",
-                            "one that another process holds",
-                            "Wait for that run, or choose another folder with --out.",
-                        )
-                    ) from None
+                    raise Held(Problem(str(folder), what, "one that another process holds", fix)) from None
                 time.sleep(0.02)  # :func:`is_held` holds it for an instant
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +23,15 @@ def join(
     bundle: Annotated[Path, typer.Argument(help="The coordinator's invitation: NAME.bundle.")],
     data: Annotated[Path, typer.Option(help="Your instructions: a file or a folder. They stay where they are.")],
     model: Annotated[
-        str | None, typer.Option(help="Your copy of the base model: a folder. FedBiOT needs none.")
+        str | None,
+        typer.Option(help="Your copy of the base model: a folder, or: embedded (the default). FedBiOT needs none."),
     ] = None,
     emulator: Annotated[Path | None, typer.Option(help="The emulator, if you got it as a folder.")] = None,
     home: Annotated[
         Path | None, typer.Option(help="Where key, policy and audit log are; default below ~/.flocktune.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the recipe's.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads at most; 0: as many as the recipe says.")] = 0,
     max_gpu_memory: Annotated[float | None, typer.Option(help="Gigabytes of GPU memory to use at most.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Try everything that can be known beforehand, and stop.")
@@ -37,6 +39,7 @@ def join(
 ) -> None:
     """Take part in a federation with your own data. Ctrl-C ends it; what is being trained is given up."""
     needs_extra("flwr", "flower")
+    from flocktune.config.schema import EMBEDDED
     from flocktune.enrolment import read_invitation
     from flocktune.interrupts import stop_on_signals
     from flocktune.owner.home import default_home, make_home, write_enrolment
@@ -44,13 +47,13 @@ def join(
     from flocktune.owner.worker import Settings
 
     invitation = read_invitation(bundle)
-    _refuse_missing({"--data": data, "--emulator": emulator})
-    own = make_home(home or default_home(invitation), invitation)
+    _refuse_wrong({"--data": data, "--emulator": emulator}, model, device, max_gpu_memory)
+    own = make_home(home.expanduser() if home else default_home(invitation), invitation, look=check)
     settings = Settings(
         client=invitation.client,
         home=str(own.folder.resolve()),
         data=str(data.expanduser().resolve()),
-        model=str(Path(model).expanduser().resolve()) if model and Path(model).expanduser().exists() else model,
+        model=str(Path(model).expanduser().resolve()) if model not in (None, EMBEDDED) else model,
         emulator=str(emulator.expanduser().resolve()) if emulator else None,
         device=device,
         threads=threads,
@@ -77,15 +80,25 @@ def join(
         stay(invitation, own, settings, say, stop)
 
 
-def _refuse_missing(paths: Mapping[str, Path | None]) -> None:
-    """Now, and not when the first task has come."""
+def _refuse_wrong(
+    paths: Mapping[str, Path | None], model: str | None, device: str, max_gpu_memory: float | None
+) -> None:
+    """Now, and not when the first task has come. Whether a device is here, torch would have to say."""
+    from flocktune.config.schema import EMBEDDED
     from flocktune.errors import Problem, UserError
 
-    UserError.raise_all(
+    problems = [
         Problem(option, "a file or folder", f"nothing at {path}")
         for option, path in paths.items()
         if path is not None and not path.expanduser().exists()
-    )
+    ]
+    if model not in (None, EMBEDDED) and not Path(model).expanduser().is_dir():
+        problems.append(Problem("--model", f"a folder, or {EMBEDDED}", repr(model), "Download the model first."))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        problems.append(Problem("--device", "auto, cpu, cuda, cuda:0, ...", repr(device)))
+    if max_gpu_memory is not None and not max_gpu_memory > 0:
+        problems.append(Problem("--max-gpu-memory", "more than 0 gigabytes", f"{max_gpu_memory:g}"))
+    UserError.raise_all(problems)
 
 
 def _check(invitation: Invitation, own: Home, settings: Settings) -> int:

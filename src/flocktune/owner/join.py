@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flocktune.engine.flower.fleet import Fleet, NotAdmitted, Received
-from flocktune.engine.parcels import FAILURE, LinkDown, Parcel
+from flocktune.engine.parcels import FAILURE, LinkDown, Parcel, shown
 from flocktune.enrolment import Invitation
 from flocktune.errors import FlocktuneError, UserError
-from flocktune.files import exclusive, sha256_path
-from flocktune.owner.home import Home
+from flocktune.files import sha256_path
+from flocktune.owner.home import Home, alone
 from flocktune.owner.policy import MB, Policy, load_policy
 from flocktune.owner.worker import Settings, Worker
 
@@ -36,14 +36,17 @@ def join(
     say: Callable[[str], None],
     stop: threading.Event,
 ) -> None:
-    """Take part until ``stop`` is set. Raises UserError when another process has this home, or it can not begin."""
+    """Take part until ``stop`` is set. Raises UserError when another process has this home, or it can not begin.
+
+    ``say`` gets printable characters only, whatever a coordinator wrote.
+    """
     worker = Worker(settings)
-    with exclusive(home.folder):
+    with alone(home.folder):
         fleet = _fleet(invitation, home, stop)
         digest = sha256_path(Path(settings.data))
         home.audit.joined(federation=invitation.federation, name=invitation.client, data_digest=digest)
         try:
-            _Stay(home, worker, fleet, say, stop).until_stopped()
+            _Stay(home, worker, fleet, lambda text: say(shown(text)), stop).until_stopped()
         finally:
             worker.stop()
             home.audit.left(federation=invitation.federation, name=invitation.client, reason="stopped here")
@@ -51,7 +54,7 @@ def join(
 
 def try_to_connect(invitation: Invitation, home: Home) -> None:
     """Be connected for a moment. Raises FlocktuneError saying why not, UserError when this home takes part just now."""
-    with exclusive(home.folder), _fleet(invitation, home, threading.Event()).connected():
+    with alone(home.folder), _fleet(invitation, home, threading.Event()).connected():
         pass
 
 
@@ -104,6 +107,7 @@ class _Stay:
     def _answer(self, received: Received) -> Parcel:
         if received.parcel is None:
             self.say(f"a message that is no task: {received.refusal}")
+            self._write_down({}, received.refusal)
             return Parcel(FAILURE, {"reason": received.refusal})
         fields = received.parcel.fields
         named = {
@@ -113,10 +117,24 @@ class _Stay:
             reply = self.worker.ask(received.parcel, self._policy().max_minutes * 60, self.stop)
         except FlocktuneError as error:
             self.say(f"{error}")
+            self._write_down(named, str(error))
             reason = "the owner's worker does not start" if isinstance(error, UserError) else str(error)
             return Parcel(FAILURE, {**named, "reason": reason})
         self.say(f"{_what(fields.get('round'))}: {_outcome(reply)}")
         return reply
+
+    def _write_down(self, named: Mapping[str, object], reason: str) -> None:
+        """What the worker can not, which never had the task, or is gone. Of a stranger's names only what is one."""
+        run, nonce, round = named.get("run"), named.get("nonce"), named.get("round")
+        try:
+            self.home.audit.task_refused(
+                run=run[:200] if isinstance(run, str) else "",
+                round=round if type(round) is int and abs(round) < 2**64 else -1,
+                nonce=nonce[:200] if isinstance(nonce, str) else "",
+                reasons=[reason],
+            )
+        except OSError as error:  # a full disk: nothing leaves but that it was not done
+            self._say_once(f"not in the audit log: {error}")
 
     def _policy(self) -> Policy:
         """What bounds a message and a task's time. Without a sound one the worker refuses every task."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from flocktune.config.load import explain, parse_yaml
 from flocktune.config.numbers import Positive, PositiveFloat
+from flocktune.config.schema import Columns
 from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic
 
@@ -30,7 +31,9 @@ class Policy:
     """What one owner allows in one federation; each default stands here, once. Sizes: MB is 2**20 bytes, GB 2**30.
 
     ``models``: SHA-256 of base models and emulators that may be trained; empty: those named on the command line.
-    ``max_rounds``: updates that may leave in one run. ``require``: what must protect an update beside TLS.
+    ``columns``: which columns of the own file are read; None: those with the usual names. ``max_rounds``: updates that
+    may leave in one run, whose name is the coordinator's word; ``max_updates``: in all runs together.
+    ``require``: what must protect an update beside TLS.
     ``hours``: ``20:00-06:00``, local time, may go over midnight. ``max_minutes``: of one task. ``tensors``: globs of
     names that may leave. ``clip_norm``: an update is scaled down to this Euclidean norm before it leaves.
     ``min_rows``: fewer rows are not trained on, for an update of a few rows tells too much of each.
@@ -38,7 +41,9 @@ class Policy:
 
     methods: Annotated[tuple[Literal["fedit", "fedbiot"], ...], Field(min_length=1)] = ("fedit", "fedbiot")
     models: tuple[Digest, ...] = ()
+    columns: Columns | None = None
     max_rounds: Positive = 1000
+    max_updates: Positive | None = None
     require: Literal["none", "differential_privacy", "secure_aggregation"] = "none"
     hours: Hours | None = None
     max_gpu_memory_gb: PositiveFloat | None = None
@@ -58,7 +63,7 @@ class Policy:
 class Asked:
     """What a task wants of an owner. ``allowed_digests``: models that the owner named; ``rows``: that would be used.
 
-    ``round`` counts from 0; ``task_bytes`` is the size of the encoded task.
+    ``round`` counts from 0; ``task_bytes`` is the size of the encoded task; ``columns``: those that the recipe names.
     """
 
     method: str
@@ -70,6 +75,7 @@ class Asked:
     trust_remote_code: bool
     task_bytes: int
     rows: int
+    columns: Columns = field(default_factory=Columns)
 
 
 _ADAPTER: TypeAdapter[Policy] = TypeAdapter(Policy)
@@ -83,7 +89,11 @@ _COMMENTED = """\
 methods: [fedit, fedbiot]        # which methods may run; fedit trains on the base model, fedbiot on an emulator
 models: []                       # SHA-256 of base models and emulators that may be trained;
                                  # empty: only what was named on the command line. flocktune join --check shows digests
+columns: null                    # which columns of your file are read: {instruction: findings, response: impression},
+                                 # say; null: those with the usual names. A recipe that names others is refused
 max_rounds: 1000                 # updates that may leave in one run
+max_updates: null                # updates that may leave in all, over all runs: the coordinator names the runs;
+                                 # null is any number
 require: none                    # what must protect an update: none, differential_privacy, secure_aggregation
 hours: null                      # when tasks are done, local time, such as "20:00-06:00"; null is always
 
@@ -133,12 +143,12 @@ def load_policy(path: Path) -> Policy:
     return policy
 
 
-def refusals(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) -> list[str]:
+def refusals(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, updates_taken: int) -> list[str]:
     """Every reason to refuse a task, each a sentence; none when it may be done.
 
-    ``now`` is the owner's local time; ``rounds_taken`` how many updates left in this run before.
+    ``now`` is the owner's local time; before this, ``rounds_taken`` updates left in this run, ``updates_taken`` in all.
     """
-    return [str(problem) for problem in _problems(policy, asked, now, rounds_taken)]
+    return [str(problem) for problem in _problems(policy, asked, now, rounds_taken, updates_taken)]
 
 
 def protections(asked: Asked) -> frozenset[str]:
@@ -156,12 +166,17 @@ def within_hours(hours: str, now: time) -> bool:
     return start <= now < end if start < end else now >= start or now < end
 
 
+def columns_read(policy: Policy) -> Columns:
+    """Which columns of the owner's file are read, whatever a recipe says."""
+    return policy.columns or Columns()
+
+
 def allowed_models(policy: Policy, named: frozenset[str]) -> frozenset[str]:
     """Digests that may be trained: the policy's when it has any, else those that the owner named."""
     return frozenset(policy.models) or named
 
 
-def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) -> Iterator[Problem]:
+def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, updates_taken: int) -> Iterator[Problem]:
     if asked.trust_remote_code:
         yield _problem("trust_remote_code", "false: no code comes from a coordinator", "true")
     if asked.method not in policy.methods:
@@ -171,6 +186,8 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) ->
     if asked.model_digest not in allowed_models(policy, asked.allowed_digests):
         whose = "listed here" if policy.models else "named on the command line"
         yield _problem("models", f"a model that is {whose}", f"digest {asked.model_digest[:12] or 'none'}...")
+    if asked.columns not in (Columns(), columns_read(policy)):
+        yield _problem("columns", _said(columns_read(policy)), f"a recipe that reads {_said(asked.columns)}")
     if policy.require not in protections(asked):
         what = policy.require.replace("_", " ")
         yield _problem("require", f"an update that is protected by {what}", "a flocktune that can not do that yet")
@@ -180,6 +197,9 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) ->
         yield _problem(
             "max_rounds", f"at most {policy.max_rounds} updates of one run", f"one more after {rounds_taken}"
         )
+    if policy.max_updates is not None and updates_taken >= policy.max_updates:
+        got = f"one more after {updates_taken}"
+        yield _problem("max_updates", f"at most {policy.max_updates} updates in all", got)
     if asked.round < 0:
         yield _problem("max_rounds", "a round from 0 on", str(asked.round))
     if not 1 <= asked.rank <= policy.max_rank:
@@ -188,6 +208,11 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int) ->
         yield _problem("max_task_mb", f"a task of at most {policy.max_task_mb} MB", f"{asked.task_bytes / MB:.1f} MB")
     if asked.rows < policy.min_rows:
         yield _problem("min_rows", f"at least {policy.min_rows} rows to train on", str(asked.rows))
+
+
+def _said(columns: Columns) -> str:
+    named = {key: value for key, value in asdict(columns).items() if value is not None}
+    return ", ".join(f"{key} from {value[:60]!r}" for key, value in named.items()) or "columns with the usual names"
 
 
 def _problem(setting: str, expected: Any, got: str) -> Problem:

@@ -6,13 +6,14 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flocktune.config.schema import Columns, DataConfig, ModelConfig
+from flocktune.engine.parcels import shown
 from flocktune.errors import FlocktuneError, UserError
-from flocktune.owner.policy import GB, MB, Policy, allowed_models, load_policy
+from flocktune.owner.policy import GB, MB, Policy, allowed_models, columns_read, load_policy
 from flocktune.owner.reach import Finding, check_coordinator, check_network
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ class Place:
     policy: Path
     model: str | None = None
     emulator: Path | None = None
-    columns: Columns = field(default_factory=Columns)
     enrolled: Callable[[], None] | None = None
 
 
@@ -56,7 +56,7 @@ def readiness(place: Place) -> list[Finding]:
     enrolled = check_enrolled(place.enrolled if network.ok else None)
     models = check_models(place.model, place.emulator, policy)
     folder = str(place.emulator) if place.emulator is not None else place.model
-    data = check_data(place.data, place.columns, folder, policy)
+    data = check_data(place.data, columns_read(policy), folder, policy)
     room = check_room(place.home, folder, policy)
     return [network, *coordinator, check_key(place.key), enrolled, of_policy, data, *models, *room]
 
@@ -67,7 +67,10 @@ def is_ready(findings: Sequence[Finding]) -> bool:
 
 
 def readiness_table(findings: Sequence[Finding]) -> Table:
-    """The findings for a terminal of 80 columns; a digest of 64 letters stays on one line."""
+    """The findings for a terminal of 80 columns; a digest of 64 letters stays on one line.
+
+    A coordinator, or what stands between, has a part in what is said: only printable characters are shown.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -78,7 +81,7 @@ def readiness_table(findings: Sequence[Finding]) -> Table:
     marks = {True: ("ok", "green"), False: ("no", "bold red"), None: ("? ", "yellow")}
     for finding in findings:
         mark, style = marks[finding.ok]
-        said = Text(finding.said)
+        said = Text("\n".join(map(shown, finding.said.splitlines())))
         if finding.fix:
             said.append(f"\n{finding.fix}", style="dim" if finding.ok else "bold")
         table.add_row(Text(mark, style=style), Text(finding.name), said)

@@ -7,6 +7,7 @@ used; the base model, the emulator and the rows are those that the owner named.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flocktune.audit import AuditLog, nonces, rounds_taken
+from flocktune.audit import AuditLog, nonces, rounds_taken, updates_taken
 from flocktune.config.schema import EMBEDDED, ModelConfig, RunConfig, RuntimeConfig
 from flocktune.data.encoding import default_cache_folder
 from flocktune.engine.client import answer
@@ -26,9 +27,10 @@ from flocktune.errors import FlocktuneError, UpdateRefused, UserError
 from flocktune.federated import KINDS, OwnersSide, owners_side, write_bundle_tensors
 from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle
+from flocktune.models.load import pick_device
 from flocktune.owner.home import AUDIT, POLICY
 from flocktune.owner.leaving import leaving
-from flocktune.owner.policy import GB, Asked, Policy, load_policy, refusals
+from flocktune.owner.policy import GB, Asked, Policy, columns_read, load_policy, refusals
 from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
@@ -39,6 +41,9 @@ _LOG = logging.getLogger(__name__)
 
 _LONGEST = 2000
 """Letters of a reason."""
+
+_USUAL_THREADS = torch.get_num_threads()
+"""Torch's own choice, before any task made another."""
 
 _sound_bundle = lru_cache(maxsize=2)(read_bundle)
 """Once in a process, as the model that is loaded from it: it may be gigabytes."""
@@ -133,20 +138,25 @@ class Owner:
         return reply
 
     def _side(self, config: RunConfig, policy: Policy, bundle: Bundle | None) -> OwnersSide:
-        threads = policy.max_threads or self.threads or config.runtime.threads
-        if threads:
-            torch.set_num_threads(threads)
+        wanted = [count for count in (policy.max_threads, self.threads, config.runtime.threads) if count]
+        torch.set_num_threads(min([*(wanted or [_USUAL_THREADS]), os.cpu_count() or 1]))
+        data = replace(config.data, columns=columns_read(policy))
         model = replace(config.model, path=self.model or EMBEDDED, trust_remote_code=False)
         lora = replace(config.lora, start_from=None)
-        mine = replace(config, model=model, lora=lora, runtime=RuntimeConfig(device=self.device))
+        mine = replace(config, data=data, model=model, lora=lora, runtime=RuntimeConfig(device=self.device))
         return owners_side(mine, self.client, self.data, bundle)
 
     def _limit(self, policy: Policy) -> None:
-        """GPU memory: what is above the owner's limit fails in the allocation, and the task with it."""
-        limits = [limit for limit in (policy.max_gpu_memory_gb, self.max_gpu_memory_gb) if limit is not None]
-        if limits and torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, min(limits) * GB / total))
+        """GPU memory: what is above the owner's limit fails in the allocation, and the task with it.
+
+        Without a limit all of it is set: the task before may have had one.
+        """
+        device = pick_device(self.device)
+        if device.type == "cuda":
+            index = device.index or 0
+            total = torch.cuda.get_device_properties(index).total_memory
+            limits = [limit for limit in (policy.max_gpu_memory_gb, self.max_gpu_memory_gb) if limit is not None]
+            torch.cuda.set_per_process_memory_fraction(min([1.0, *(limit * GB / total for limit in limits)]), index)
 
     def _asked(self, config: RunConfig, task: ClientTask, task_bytes: int, rows: int, bundle: Bundle | None) -> Asked:
         return Asked(
@@ -159,6 +169,7 @@ class Owner:
             trust_remote_code=config.model.trust_remote_code,
             task_bytes=task_bytes,
             rows=rows,
+            columns=config.data.columns,
         )
 
     def _named_models(self, config: RunConfig, task: ClientTask, bundle: Bundle | None) -> list[str]:
@@ -170,7 +181,8 @@ class Owner:
         return [base_digest(ModelConfig(path=self.model or EMBEDDED))]
 
     def _refuse(self, policy: Policy, asked: Asked, run: str) -> None:
-        reasons = refusals(policy, asked, datetime.now(), rounds_taken(self.home / AUDIT, run))
+        log = self.home / AUDIT
+        reasons = refusals(policy, asked, datetime.now(), rounds_taken(log, run), updates_taken(log))
         if reasons:
             raise Refused("; ".join(reasons))
 

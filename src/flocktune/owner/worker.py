@@ -26,7 +26,7 @@ from pathlib import Path
 
 from flocktune.engine.parcels import FAILURE, Parcel, from_text, to_text
 from flocktune.errors import FlocktuneError, Problem, UpdateRefused, UserError
-from flocktune.owner.home import POLICY
+from flocktune.owner.home import CACHE, POLICY
 from flocktune.owner.policy import load_policy
 
 _LOG = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ _LOOK_S = 0.2
 
 _SOCKET_PATH_BYTES = 100
 """Unix sockets' paths may have 107 bytes."""
+
+
+STOPPED = "was stopped in the middle of a task"
 
 
 class WorkerDied(FlocktuneError):
@@ -100,25 +103,20 @@ class Worker:
             text = to_text(parcel).encode()
         except (ValueError, RecursionError) as error:
             raise UpdateRefused(f"message: expected plain fields, got others ({error})") from None
-        connection = self._connected()
+        stop = stop or threading.Event()
+        connection = self._connected(stop)
         try:
             connection.send_bytes(text)
             connection.send_bytes(parcel.blob)
-            self._await(connection, timeout_s, stop or threading.Event())
+            if not _comes(connection, timeout_s, stop):
+                raise WorkerDied(f"took longer than {timeout_s / 60:g} minutes, and was stopped")
             return _receive(connection)
+        except WorkerDied:
+            self.kill()
+            raise
         except (EOFError, OSError) as error:
             self._forget()
             raise WorkerDied(f"the worker ended in the middle of a task ({type(error).__name__})") from None
-
-    def _await(self, connection: Connection, timeout_s: float, stop: threading.Event) -> None:
-        until = time.monotonic() + timeout_s
-        while not connection.poll(min(_LOOK_S, max(0.0, until - time.monotonic()))):
-            if stop.is_set():
-                self.kill()
-                raise WorkerDied("was stopped in the middle of a task")
-            if time.monotonic() >= until:
-                self.kill()
-                raise WorkerDied(f"took longer than {timeout_s / 60:g} minutes, and was stopped")
 
     def kill(self) -> None:
         """End it now; nothing is lost but what it was at."""
@@ -128,39 +126,45 @@ class Worker:
         self._forget()
 
     def stop(self) -> None:
-        """End it if it is idle, as it is whenever this is called."""
-        with suppress(OSError, EOFError, FlocktuneError):
-            self._connection = self._connection or self._greet()
-            if self._connection:
-                self.kill()
+        """End it now, also one that is still on its way."""
+        if self._connection is None:
+            with suppress(OSError), Client(str(self.settings.socket), "AF_UNIX") as connection:
+                os.kill(_peer(connection)[0], signal.SIGKILL)
+        self.kill()
 
-    def _connected(self) -> Connection:
+    def _connected(self, stop: threading.Event) -> Connection:
         if self._connection is not None and self._connection.poll(0):
             self._forget()  # nothing is to be read between tasks but the end: it was idle for long, or died
         if self._connection is None:
-            self._connection = self._greet() or self._start()
+            self._connection = self._greet(stop) or self._start(stop)
         return self._connection
 
-    def _greet(self) -> Connection | None:
-        """Connect to a worker that is there. One for other settings is stopped, and one that does not get to it."""
+    def _greet(self, stop: threading.Event) -> Connection | None:
+        """Connect to a worker that is there. One for other settings is stopped, and one that does not get to it.
+
+        Raises WorkerDied when ``stop`` is set meanwhile.
+        """
         try:
             connection = Client(str(self.settings.socket), "AF_UNIX")
         except OSError:
             return None
         try:
-            if connection.poll(HELLO_S):
+            if _comes(connection, HELLO_S, stop):
                 told = json.loads(connection.recv_bytes(10_000))
                 if told["settings"] == self.settings.digest:
                     self.process_id = int(told["process"])
                     return connection
             process_id, _ = _peer(connection)
             os.kill(process_id, signal.SIGKILL)
+        except WorkerDied:
+            connection.close()
+            raise
         except (OSError, EOFError, ValueError, KeyError, TypeError):
             pass
         connection.close()
         return None
 
-    def _start(self) -> Connection:
+    def _start(self, stop: threading.Event) -> Connection:
         log = Path(self.settings.home) / LOG
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
             process = subprocess.Popen(
@@ -171,10 +175,15 @@ class Worker:
                 start_new_session=True,  # it outlives the network side, which finds it again
             )
         until = time.monotonic() + START_S
-        while time.monotonic() < until and process.poll() is None:
-            if connection := self._greet():
-                return connection
-            time.sleep(0.05)
+        try:
+            while time.monotonic() < until and process.poll() is None:
+                if connection := self._greet(stop):
+                    return connection
+                if stop.wait(0.05):
+                    raise WorkerDied(STOPPED)
+        except WorkerDied:
+            process.kill()
+            raise
         process.kill()
         raise UserError(Problem(str(log), "a worker that starts", "one that does not", "Its log says why."))
 
@@ -182,6 +191,17 @@ class Worker:
         if self._connection:
             self._connection.close()
         self._connection, self.process_id = None, 0
+
+
+def _comes(connection: Connection, timeout_s: float, stop: threading.Event) -> bool:
+    """Whether there is something to read within ``timeout_s``. Raises WorkerDied when ``stop`` is set meanwhile."""
+    until = time.monotonic() + timeout_s
+    while not connection.poll(min(_LOOK_S, max(0.0, until - time.monotonic()))):
+        if stop.is_set():
+            raise WorkerDied(STOPPED)
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 def serve(settings: Settings, idle_s: float) -> None:
@@ -264,6 +284,9 @@ def main() -> None:
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
     settings = Settings(**json.loads(sys.argv[1]))
+    os.umask(0o077)
+    # Rows as tokens are rows: they lie where only the owner looks.
+    os.environ["FLOCKTUNE_CACHE"] = os.environ.get("FLOCKTUNE_CACHE") or str(Path(settings.home) / CACHE)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the network side, which ends this one
     serve(settings, float(sys.argv[2]))
