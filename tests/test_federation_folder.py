@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import yaml
 
-from flocktune import enrolment
 from flocktune.enrolment import (
     Invitation,
     fingerprint,
@@ -86,7 +85,7 @@ def test_a_private_file_is_private_from_its_first_byte(tmp_path: Path, monkeypat
     def seen(descriptor: int) -> None:
         modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
 
-    monkeypatch.setattr(enrolment.os, "fsync", seen)
+    monkeypatch.setattr(os, "fsync", seen)
     path = tmp_path / "secret"
     write_private(path, "old")
     assert modes[0] == 0o600
@@ -94,7 +93,7 @@ def test_a_private_file_is_private_from_its_first_byte(tmp_path: Path, monkeypat
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(enrolment.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_private(path, "new")
     assert path.read_text() == "old"

@@ -690,6 +690,12 @@ def lean(bob: Owner, cache: Path) -> Owner:
     return replace(bob, model=None)
 
 
+def test_an_emulator_for_another_round_only_makes_ready(scene: Scene, lean: Owner, cache: Path) -> None:
+    ask(lean, asked := scene.biot_task())
+    parcel = emulator_parcel(asked, scene.emulator)
+    assert ask(lean, replace(parcel, fields={**parcel.fields, "round": asked.fields["round"] + 1})).kind == READY
+
+
 def test_an_emulator_is_taken_when_it_was_asked_for(scene: Scene, lean: Owner, cache: Path) -> None:
     asked = scene.biot_task()
     unasked = emulator_parcel(asked, scene.emulator)
@@ -697,7 +703,9 @@ def test_an_emulator_is_taken_when_it_was_asked_for(scene: Scene, lean: Owner, c
     assert not cache.exists()
     lacking = ask(lean, asked)
     assert (lacking.kind, lacking.fields["digest"]) == (LACKING, scene.emulator.digest)
-    assert ask(lean, unasked).kind == READY
+    done = ask(lean, unasked)
+    assert done.kind == UPDATE, "the task that waited for it is done at once"
+    assert done.fields["nonce"] == unasked.fields["nonce"]
     assert ask(lean, scene.biot_task()).kind == UPDATE
     assert "no emulator was asked for" in refused(lean, emulator_parcel(asked, scene.emulator))
 
@@ -749,7 +757,7 @@ def test_files_other_than_the_digests_are_not_kept(
     assert list(cache.glob("emulators/.*")) == [], "half of one neither"
     assert {path for path in tmp_path.rglob("*") if cache not in path.parents} - {cache} == before
     assert not Path("/tmp/evil.json").exists()
-    assert ask(lean, emulator_parcel(asked, scene.emulator)).kind == READY, "the right one is still welcome"
+    assert ask(lean, emulator_parcel(asked, scene.emulator)).kind == UPDATE, "the right one is still welcome"
 
 
 def test_a_manifest_that_lies_is_another_emulator(scene: Scene, lean: Owner, cache: Path, tmp_path: Path) -> None:

@@ -12,17 +12,15 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import os
 import re
 import ssl
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flocktune.errors import Problem, UserError
-from flocktune.files import read_json, sync_folder
+from flocktune.files import read_json, write_atomic
 
 INVITATION_FORMAT = "flocktune-invitation/1"
 REQUEST_FORMAT = "flocktune-request/1"
@@ -214,19 +212,7 @@ def verify_request(request: EnrolmentRequest, federation_id: str, client: str, s
 
 def write_private(path: Path, data: bytes | str) -> None:
     """Write ``data`` so that only this user can ever read it (0600 from the first byte), atomically. Raises OSError."""
-    payload = data.encode() if isinstance(data, str) else data
-    # mkstemp opens with O_EXCL and mode 0600.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    write_atomic(path, data, mode=0o600)
 
 
 def _proof(secret: str, federation_id: str, client: str, public_key: str) -> str:

@@ -5,7 +5,7 @@
     client   update     what came out, under the task's nonce
              failure    why nothing came out
              lacking    the emulator of this digest is not here
-             ready      the emulator has arrived
+             ready      the emulator has arrived, and no task waited for it
 
 No code travels, and nothing is unpickled. Fields are plain values; whoever reads them checks them.
 """

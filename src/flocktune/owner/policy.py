@@ -116,8 +116,7 @@ def write_policy(path: Path) -> None:
         raise UserError(Problem(str(path), "a path that is free", "a file", "Change the policy that is there."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, _COMMENTED)
-        path.chmod(0o600)
+        write_atomic(path, _COMMENTED, mode=0o600)
     except OSError as error:
         raise UserError(Problem(str(path), "a path that can be written", str(error))) from None
 

@@ -76,9 +76,9 @@ class Owner:
         return AuditLog(self.home / AUDIT)
 
     @cached_property
-    def _lacking(self) -> set[str]:
-        """The emulator that was asked for last."""
-        return set()
+    def _lacking(self) -> dict[str, Parcel]:
+        """The emulator that was asked for last, and the task that waits for it."""
+        return {}
 
     def answer(self, parcel: Parcel) -> Parcel:
         """The reply to a parcel. Never raises, whatever is wrong with it, with the training, or with the disk."""
@@ -116,7 +116,7 @@ class Owner:
         self._refuse(policy, asked, named["run"])
         if config.method == "fedbiot" and bundle is None:
             self._lacking.clear()
-            self._lacking.add(task.model_digest)
+            self._lacking[task.model_digest] = parcel
             return Parcel(LACKING, {**named, "digest": task.model_digest})
         self._limit(policy)
         side = self._side(config, policy, bundle)
@@ -201,7 +201,7 @@ class Owner:
             return None
 
     def _receive_emulator(self, parcel: Parcel, named: Mapping[str, Any]) -> Parcel:
-        """Keep an emulator under its digest; what has another one is thrown away."""
+        """Keep an emulator under its digest, and do the task that waited for it; what has another is thrown away."""
         policy, digest = load_policy(self.home / POLICY), parcel.fields.get("digest")
         refuse_no_digest(digest)
         if self.emulator is not None or digest not in self._lacking:
@@ -220,8 +220,11 @@ class Owner:
         self._refuse(policy, asked, named["run"])
         files = decode_tensors(parcel.blob)
         receive_bundle(digest, lambda folder: write_bundle_tensors(files, folder), default_cache_folder())
-        self._lacking.clear()
-        return Parcel(READY, named)
+        waiting = self._lacking.pop(digest)
+        if any(waiting.fields[key] != named[key] for key in ("run", "round", "client")):
+            return Parcel(READY, named)
+        # What it was asked for with is done at once, under this parcel's nonce: the task need not be sent again.
+        return self._do(replace(waiting, fields={**waiting.fields, "nonce": named["nonce"]}), named)
 
 
 def _record(named: Mapping[str, Any]) -> dict[str, Any]:
