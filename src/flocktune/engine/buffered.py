@@ -28,11 +28,11 @@ import torch
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.config.load import too_few_clients
 from flocktune.config.schema import Buffered
-from flocktune.engine.rounds import ClientRecord, Hooks, RoundRecord, check_update
+from flocktune.engine.rounds import ClientRecord, Hooks, check_update, finish_round
 from flocktune.errors import Problem, RoundFailed, UpdateRefused, UserError
 from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
 from flocktune.seeds import derive_seed
-from flocktune.tensors import group, norm, prefixed
+from flocktune.tensors import group, prefixed
 from flocktune.types import ClientTask, Failure, Tensors, Update
 from flocktune.wire import encoded_size
 
@@ -85,25 +85,10 @@ def run_buffered(
         intake = _Intake(number, desk, settings, server.returned(message), transforms, hooks)
         started = time.perf_counter()
         combined = weighted_mean(intake.usable(replies))
-        state = server.step(state, combined)
-        combined_at = time.perf_counter()
-        diagnostics = hooks.diagnose(intake.expected, intake.kept) if intake.kept else {}
-        record = RoundRecord(
-            round=number,
-            selected=tuple(dict.fromkeys(intake.replied)),
-            failures=tuple(intake.failures),
-            clients=intake.clients,
-            metrics=combined.metrics,
-            update_norm=norm(combined.delta),
-            bytes_down=(desk.issued - issued_before) * encoded_size(message),
-            bytes_up=intake.bytes_up,
-            seconds={
-                "train": intake.waiting_s,
-                "aggregate": combined_at - started - intake.waiting_s,
-                "diagnose": time.perf_counter() - combined_at,
-            },
-            diagnostics={**diagnostics, "staleness": intake.staleness / settings.size},
-        )
+        sent, replied = (desk.issued - issued_before) * encoded_size(message), tuple(dict.fromkeys(intake.replied))
+        state, record = finish_round(server, state, combined, intake, hooks, number, replied, sent, started)
+        staleness = intake.staleness / settings.size
+        record = replace(record, diagnostics={**record.diagnostics, "staleness": staleness})
         hooks.on_round(record, {**state, **desk.saved()})
     return {**state, **desk.saved()}
 

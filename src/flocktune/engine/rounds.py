@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.errors import RoundFailed, UpdateRefused
@@ -106,27 +106,56 @@ def run_rounds(
         combined = first and (server.combine or weighted_mean)(chain([first], updates))
         if combined is None or len(intake.clients) < cohort.quorum:
             raise RoundFailed(number, max(1, cohort.quorum), len(intake.clients), intake.failures)
-        state = server.step(state, combined)
-        combined_at = time.perf_counter()
-        diagnostics = hooks.diagnose(expected, intake.kept) if intake.kept else {}
-        record = RoundRecord(
-            round=number,
-            selected=cohort.asked,
-            failures=tuple(intake.failures),
-            clients=intake.clients,
-            metrics=combined.metrics,
-            update_norm=norm(combined.delta),
-            bytes_down=intake.asked * encoded_size(message),
-            bytes_up=intake.bytes_up,
-            seconds={
-                "train": intake.waiting_s,
-                "aggregate": combined_at - started - intake.waiting_s,
-                "diagnose": time.perf_counter() - combined_at,
-            },
-            diagnostics=diagnostics,
-        )
+        sent = intake.asked * encoded_size(message)
+        state, record = finish_round(server, state, combined, intake, hooks, number, cohort.asked, sent, started)
         hooks.on_round(record, state)
     return state
+
+
+class Taken(Protocol):
+    """What an intake knows when the last update of a round is in it."""
+
+    expected: Tensors
+    clients: dict[str, ClientRecord]
+    failures: list[Failure]
+    kept: list[Update]
+    bytes_up: int
+    waiting_s: float
+
+
+def finish_round(
+    server: ServerHalf,
+    state: State,
+    combined: Update,
+    intake: Taken,
+    hooks: Hooks,
+    number: int,
+    selected: tuple[str, ...],
+    bytes_down: int,
+    started: float,
+) -> tuple[State, RoundRecord]:
+    """The server's step, and what happened in the round that it ends; ``started`` is of ``time.perf_counter``."""
+    state = server.step(state, combined)
+    combined_at = time.perf_counter()
+    diagnostics = hooks.diagnose(intake.expected, intake.kept) if intake.kept else {}
+    seconds = {
+        "train": intake.waiting_s,
+        "aggregate": combined_at - started - intake.waiting_s,
+        "diagnose": time.perf_counter() - combined_at,
+    }
+    record = RoundRecord(
+        round=number,
+        selected=selected,
+        failures=tuple(intake.failures),
+        clients=intake.clients,
+        metrics=combined.metrics,
+        update_norm=norm(combined.delta),
+        bytes_down=bytes_down,
+        bytes_up=intake.bytes_up,
+        seconds=seconds,
+        diagnostics=diagnostics,
+    )
+    return state, record
 
 
 class _Intake:

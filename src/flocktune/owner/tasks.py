@@ -113,14 +113,15 @@ class Owner:
         bundle = self._bundle(task) if config.method == "fedbiot" else None
         rows = rows_used(config.local, policy.min_rows)
         asked = self._asked(config, task, len(parcel.blob), rows, bundle)
-        self._refuse(policy, asked, named["run"])
+        taken = self._taken(named["run"])
+        _refuse(policy, asked, *taken)
         if config.method == "fedbiot" and bundle is None:
             self._lacking.clear()
             self._lacking[task.model_digest] = parcel
             return Parcel(LACKING, {**named, "digest": task.model_digest})
         self._limit(policy)
         side = self._side(config, policy, bundle)
-        self._refuse(policy, replace(asked, rows=rows_used(config.local, side.rows)), named["run"])
+        _refuse(policy, replace(asked, rows=rows_used(config.local, side.rows)), *taken)
         refuse_endless(config.local, side.rows)
         task = replace(task, tensors=decode_tensors(parcel.blob, side.expected))
         return self._let_out(leaving(policy, _trained(task, side.half)), named)
@@ -180,11 +181,10 @@ class Owner:
             raise Refused("no base model was named here: join with --model FOLDER")
         return [base_digest(ModelConfig(path=self.model or EMBEDDED))]
 
-    def _refuse(self, policy: Policy, asked: Asked, run: str) -> None:
+    def _taken(self, run: str) -> tuple[int, int]:
+        """How many updates left in ``run``, and in all; the log may be long, and is read once a task for it."""
         log = self.home / AUDIT
-        reasons = refusals(policy, asked, datetime.now(), rounds_taken(log, run), updates_taken(log))
-        if reasons:
-            raise Refused("; ".join(reasons))
+        return rounds_taken(log, run), updates_taken(log)
 
     def _bundle(self, task: ClientTask) -> Bundle | None:
         """The emulator that was named, or the one that was received before; None when there is no sound one yet."""
@@ -217,7 +217,7 @@ class Owner:
             task_bytes=len(parcel.blob),
             rows=policy.min_rows,
         )
-        self._refuse(policy, asked, named["run"])
+        _refuse(policy, asked, *self._taken(named["run"]))
         files = decode_tensors(parcel.blob)
         receive_bundle(digest, lambda folder: write_bundle_tensors(files, folder), default_cache_folder())
         waiting = self._lacking.pop(digest)
@@ -225,6 +225,12 @@ class Owner:
             return Parcel(READY, named)
         # What it was asked for with is done at once, under this parcel's nonce: the task need not be sent again.
         return self._do(replace(waiting, fields={**waiting.fields, "nonce": named["nonce"]}), named)
+
+
+def _refuse(policy: Policy, asked: Asked, taken_in_run: int, taken: int) -> None:
+    reasons = refusals(policy, asked, datetime.now(), taken_in_run, taken)
+    if reasons:
+        raise Refused("; ".join(reasons))
 
 
 def _record(named: Mapping[str, Any]) -> dict[str, Any]:
