@@ -296,5 +296,5 @@ ALL_ACTS = (*SOUND, *FAULTS, "dies", "crashes", "silent", "replayed")
 def remote(link: FakeLink, note: Callable[..., object] = lambda event, **facts: None, **more: object) -> Remote:
     """The engine over ``link``. ``more``: of :class:`Federated`, and ``settings``."""
     settings = more.pop("settings", FlowerEngine(deadline_s=60.0, absent_s=10.0))
-    common = Federated(RUN, {"name": "toy"}, **{"returned": lambda message: message, **more})
+    common = Federated(RUN, {"name": "toy"}, **{"returned": lambda task: task.tensors, **more})
     return Remote(link, settings, common, note, clock=link.time, pause=link.time.pause)

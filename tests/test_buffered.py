@@ -21,6 +21,7 @@ from flocktune.config.load import parse_recipe
 from flocktune.config.schema import AggregationConfig, Buffered, ServerAdaptive, ServerSgd
 from flocktune.engine.buffered import at_work, run_buffered
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flocktune.engine.client import transformed
 from flocktune.engine.in_process import InProcess, duration
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.errors import RoundFailed, UserError
@@ -209,15 +210,18 @@ def test_diagnosis_sees_the_message_and_the_first_updates_as_they_came() -> None
 
 
 def test_transforms_are_undone_in_reverse_order() -> None:
-    def scaled(factor: float) -> Transform:
+    def scaled(factor: float, name: str) -> Transform:
         return Transform(
-            "scaled",
-            lambda update, task: replace(update, delta={"w": update.delta["w"] * factor + factor}),
-            lambda update: replace(update, delta={"w": (update.delta["w"] - factor) / factor}),
+            name,
+            lambda update, task, memory: (
+                replace(update, delta={"w": update.delta["w"] * factor + factor}),
+                {"calls": memory.get("calls", torch.zeros(())) + 1},
+            ),
+            lambda update, expected: replace(update, delta={"w": (update.delta["w"] - factor) / factor}),
         )
 
-    transforms = [scaled(2.0), scaled(4.0)]
-    state = run(engine=InProcess(pull, transforms), transforms=transforms)
+    transforms = [scaled(2.0, "first"), scaled(4.0, "second")]
+    state = run(engine=InProcess(transformed(pull, transforms)), transforms=transforms)
     assert state["adapter/w"].tolist() == pytest.approx(run()["adapter/w"].tolist(), abs=1e-5)
 
 
@@ -558,7 +562,7 @@ def test_an_engine_that_is_out_of_replies_ends_the_run() -> None:
 
 
 def test_what_can_not_be_buffered_is_refused() -> None:
-    server = replace(fedavg.server_half(AggregationConfig()), combine=lambda updates: next(iter(updates)))
+    server = replace(fedavg.server_half(AggregationConfig()), combine=lambda updates, message: next(iter(updates)))
     with pytest.raises(UserError, match=r"scheduling\.buffered: expected a method that averages"):
         run(server=server)
     with pytest.raises(UserError, match=r"concurrency: expected at most the 4 clients of the federation, got 5"):

@@ -12,14 +12,15 @@ import torch
 from flocktune.algorithms import fedavg
 from flocktune.config.schema import AggregationConfig, SchedulingConfig, ServerAdaptive, ServerSgd, Uniform
 from flocktune.engine.checkpoint import Checkpoint, CheckpointDamaged, load_checkpoint, save_checkpoint
+from flocktune.engine.client import check_update, transformed
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.ray_worker import pack, unpack
-from flocktune.engine.rounds import Hooks, RoundRecord, check_update, run_rounds
+from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.errors import RoundFailed, UpdateRefused
 from flocktune.interfaces import Memory, State, Transform
 from flocktune.scheduling import Cohort, select
 from flocktune.tensors import digest
-from flocktune.types import ClientTask, Failure, Mean, Update
+from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
 from flocktune.wire import build_task, build_update, task_fields, update_fields
 
 TARGETS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
@@ -205,12 +206,15 @@ def test_transforms_are_undone_in_reverse_order() -> None:
     def scaled(factor: float, name: str) -> Transform:
         return Transform(
             name,
-            lambda update, task: replace(update, delta={"w": update.delta["w"] * factor + factor}),
-            lambda update: replace(update, delta={"w": (update.delta["w"] - factor) / factor}),
+            lambda update, task, memory: (
+                replace(update, delta={"w": update.delta["w"] * factor + factor}),
+                {"calls": memory.get("calls", torch.zeros(())) + 1},
+            ),
+            lambda update, expected: replace(update, delta={"w": (update.delta["w"] - factor) / factor}),
         )
 
     transforms = [scaled(2.0, "first"), scaled(4.0, "second")]
-    state = run(engine=InProcess(pull, transforms), transforms=transforms)
+    state = run(engine=InProcess(transformed(pull, transforms)), transforms=transforms)
     assert state["adapter/w"].tolist() == pytest.approx(run()["adapter/w"].tolist(), abs=1e-5)
 
 
@@ -221,7 +225,7 @@ def test_a_stop_is_taken_between_rounds() -> None:
 
 
 def test_a_method_may_bring_its_own_combine() -> None:
-    def last(updates: Iterable[Update]) -> Update:
+    def last(updates: Iterable[Update], message: Tensors) -> Update:
         *_, final = updates
         return final
 

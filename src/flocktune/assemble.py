@@ -30,19 +30,21 @@ from flocktune.emulation import (
     public_data,
     public_rows,
 )
+from flocktune.engine.client import on_wire
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
-from flocktune.interfaces import ClientHalf, Engine, ServerHalf
+from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
 from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
+from flocktune.protection import around_client, transforms_of
 from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
-from flocktune.types import Tensors
+from flocktune.types import ClientTask, Tensors
 
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
@@ -68,6 +70,11 @@ class Assembly:
     model_digest: str
     identity: Mapping[str, Any]
     emulated: Emulated | None = None
+    transforms: Sequence[Transform] = ()
+
+    def travels(self, task: ClientTask) -> Tensors:
+        """Names and shapes of what comes back over the wire for ``task``."""
+        return on_wire(self.transforms, self.server.returned(task.tensors))
 
 
 def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Assembly:
@@ -99,10 +106,13 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
         fedavg.KIND,
         starting_adapter(config, base.adapter),
         fedavg.server_half(config.aggregation),
-        fedavg.client_half(base.adapter, clients, local, config.aggregation.weights, rounds=rounds),
+        around_client(
+            config, fedavg.client_half(base.adapter, clients, local, config.aggregation.weights, rounds=rounds)
+        ),
         scheduler(config, data.clients),
         identity["model"],
         identity,
+        transforms=transforms_of(config),
     )
 
 
@@ -127,12 +137,13 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
         digest,
         {**identity_of(config, data), "public": public_rows(config).digest, "emulator": digest},
         emulated,
+        transforms_of(config),
     )
 
 
 def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> ClientHalf:
     """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
-    return fedbiot.client_half(
+    half = fedbiot.client_half(
         emulated.base.adapter,
         emulated.bundle.plan,
         emulated.bundle.digest,
@@ -142,6 +153,7 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> 
         config.aggregation.weights,
         rounds=config.rounds,
     )
+    return around_client(config, half)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_bytes
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
+from flocktune.protection import around_client
 from flocktune.resident import Instructions, load_base, load_instructions
 from flocktune.types import Tensors
 
@@ -105,7 +106,8 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
     if emulator is None:
         base = load_base(own.model, own.lora, own.runtime.device)
         batches = client_data(own, base.pad_id, mine)
-        half = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
+        plain = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
+        half = around_client(own, plain)
         expected = base.adapter.tensors()
     else:
         emulated = load_emulator(own, emulator)

@@ -28,12 +28,14 @@ class ServerHalf:
     """Pure functions over a serialisable state.
 
     init:    starting tensors -> state
-    message: state, round -> tensors every selected client receives
+    message: state, round -> tensors that go out in this round
     step:    state, combined update -> next state
     result:  state -> the tensors the run is for (the adapter)
-    combine: updates (in task order) -> one update. ``None`` means the weighted mean, and that is
-             the licence for secure aggregation: only one linear sum leaves the clients.
-    returned: message -> tensors of the names and shapes that an update must have; all of it by default
+    combine: updates (in task order), and the message that they are changes of -> one update. ``None`` means the
+             weighted mean, and that is the licence for secure aggregation: only one linear sum leaves the clients.
+    addressed: message, client -> what of it this client receives; all of it by default. Clients that receive the same
+             are given the same object, which is encoded once.
+    returned: what a client receives -> tensors of the names and shapes that its update must have; all of it by default
     prepare: state, round -> the state the round starts from, and what to tell of it: the server's own work before a
              round. What was told is empty when there was nothing to do. It may not depend on anything else, so that a
              round that was cut off is repeated to the same bits.
@@ -43,7 +45,8 @@ class ServerHalf:
     message: Callable[[State, int], Tensors]
     step: Callable[[State, Update], State]
     result: Callable[[State], Tensors]
-    combine: Callable[[Iterable[Update]], Update] | None = None
+    combine: Callable[[Iterable[Update], Tensors], Update] | None = None
+    addressed: Callable[[Tensors, str], Tensors] = lambda message, client: message
     returned: Callable[[Tensors], Tensors] = lambda message: message
     prepare: Callable[[State, int], tuple[State, Mapping[str, Any]]] = lambda state, round: (state, {})
 
@@ -52,13 +55,18 @@ class ServerHalf:
 class Transform:
     """A pair around the wire: what a client does last and the server undoes first.
 
-    ``on_client(update, task)`` runs in the client's process; ``on_server(update)`` in the server's,
-    in reverse order of the list.
+    name:      also the group (``name/...``) of what a message holds for it, which no client half sees, and of its part
+               of a client's memory
+    on_client: update, task, its memory -> update that travels, its new memory. Runs in the client's process.
+    on_server: update that came, expected -> update. Runs in the server's, in reverse order of the list; raises
+               UpdateRefused. ``expected`` has the names and shapes that the update had before ``on_client``.
+    on_wire:   expected before ``on_client`` -> expected after it
     """
 
     name: str
-    on_client: Callable[[Update, ClientTask], Update]
-    on_server: Callable[[Update], Update]
+    on_client: Callable[[Update, ClientTask, Memory], tuple[Update, Memory]]
+    on_server: Callable[[Update, Tensors], Update]
+    on_wire: Callable[[Tensors], Tensors] = lambda expected: expected
 
 
 @dataclass(frozen=True)

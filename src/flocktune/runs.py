@@ -146,6 +146,7 @@ class _Run:
             seed=config.seed,
             config_digest=config_digest(config),
             model_digest=fed.model_digest,
+            transforms=fed.transforms,
             hooks=Hooks(
                 on_prepared=self._on_prepared,
                 on_reply=self._on_reply,

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 Loss: TypeAlias = "Callable[[PreTrainedModel, Batch], Tensor]"
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
+Gradient: TypeAlias = "Callable[[PreTrainedModel, Mapping[str, nn.Parameter], Sequence[Batch], Loss], Tensor]"
+"""Model, parameters, the micro-batches of one step, loss -> their nats, summed; leaves the step's gradient in ``.grad``
+of the parameters."""
+Adjust: TypeAlias = Callable[[Mapping[str, nn.Parameter]], None]
+"""Changes a step's gradient in place, before it is clipped."""
 
 
 class NotFinite(FlocktuneError):
@@ -45,6 +50,20 @@ def next_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     with _only_at(model, batch.label_index):
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets, reduction="sum")
+
+
+def mean_gradient(
+    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], group: Sequence[Batch], loss: Loss
+) -> Tensor:
+    """The gradient of the mean loss over all label tokens of ``group``."""
+    device = next(iter(parameters.values())).device
+    labels = sum(batch.targets.numel() for batch in group)
+    total = torch.zeros((), device=device)
+    for batch in group:
+        nats = loss(model, batch.to(device))
+        (nats / max(1, labels)).backward()
+        total += nats.detach()
+    return total
 
 
 def learning_rate(settings: LocalConfig, step: int, total_steps: int) -> float:
@@ -116,8 +135,12 @@ def fit(
     first_step: int = 0,
     penalty: Penalty | None = None,
     loss: Loss = next_token_loss,
+    gradient: Gradient = mean_gradient,
+    adjust: Adjust | None = None,
 ) -> dict[str, Mean]:
     """Train ``parameters`` in place with a fresh optimiser; nothing else of the model changes.
+
+    A step's gradient is that of ``gradient`` and of the penalty, then ``adjust``-ed, then clipped.
 
     Takes ``settings.steps * accumulate`` micro-batches, or all of them when ``steps`` is None. The schedule runs over
     ``total_steps``, of which ``first_step`` lie behind. ``seed`` fixes dropout; no global random state
@@ -134,21 +157,18 @@ def fit(
     limit = None if settings.steps is None else settings.steps * settings.accumulate
     with training_mode(model, trained), _seeded(device, seed):
         for step, group in enumerate(_groups(islice(batches, limit), settings.accumulate), start=first_step):
-            group_labels = sum(batch.targets.numel() for batch in group)
-            total = torch.zeros((), device=device)
-            for batch in group:
-                nats = loss(model, batch.to(device))
-                (nats / max(1, group_labels)).backward()
-                total += nats.detach()
+            total = gradient(model, parameters, group, loss)
             if penalty is not None:
                 penalty(parameters).backward()
+            if adjust is not None:
+                adjust(parameters)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(trained, settings.clip_norm)
             optimizer.param_groups[0]["lr"] = learning_rate(settings, step, total_steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step_losses.append(total)
-            labels += group_labels
+            labels += sum(batch.targets.numel() for batch in group)
             tokens += sum(batch.tokens for batch in group)
     if not step_losses:
         raise UserError(Problem("data", "at least one batch to train on", "none", "Give this client more rows."))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from flocktune.types import Mean, Update, merge_metrics
+from flocktune.types import Mean, Tensors, Update, merge_metrics
 
 
 def weighted_mean(updates: Iterable[Update]) -> Update:
@@ -35,3 +35,8 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     if not clients:
         raise ValueError("a mean needs at least one update")
     return Update(mean, total, clients, metrics)
+
+
+def unchanged(expected: Tensors) -> Update:
+    """The update of a round in which nobody took part, and that is well so: no change, of weight 0."""
+    return Update({name: torch.zeros_like(value) for name, value in expected.items()}, 0.0, 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from flocktune.config.schema import LocalConfig
@@ -15,7 +16,17 @@ from flocktune.data.batching import Batch
 from flocktune.models.lora import Adapter
 from flocktune.seeds import derive_seed
 from flocktune.tensors import subtract
-from flocktune.training import Loss, fit, next_token_loss, product_penalty, proximal_penalty
+from flocktune.training import (
+    Adjust,
+    Gradient,
+    Loss,
+    Penalty,
+    fit,
+    mean_gradient,
+    next_token_loss,
+    product_penalty,
+    proximal_penalty,
+)
 from flocktune.types import ClientTask, Mean, Tensors, Update
 
 
@@ -42,10 +53,13 @@ def train_locally(
     *,
     rounds: int,
     loss: Loss = next_token_loss,
+    penalty: Penalty | None = None,
+    gradient: Gradient = mean_gradient,
+    adjust: Adjust | None = None,
 ) -> Update:
     """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
 
-    ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
+    ``penalty`` is added to that of the recipe. ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
     whole run. The same task gives the same update. Raises NotFinite.
     """
     # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
@@ -54,15 +68,7 @@ def train_locally(
     whole_run = local.schedule_over == "run"
     micro_batches = None if local.steps is None else local.steps * local.accumulate
     batches = TimedBatches(data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs))
-    penalty = None
-    if local.proximal_mu:
-        scale = next(iter(adapter.layers.values())).scale
-        on_products = local.proximal_on == "products"
-        penalty = (
-            product_penalty(received, local.proximal_mu, scale)
-            if on_products
-            else proximal_penalty(received, local.proximal_mu)
-        )
+    penalties = [part for part in (penalty, _proximal(adapter, received, local)) if part is not None]
     with training_only(adapter, received) as parameters:
         metrics = fit(
             adapter.model,
@@ -71,13 +77,30 @@ def train_locally(
             local,
             total_steps=steps * rounds if whole_run else steps,
             first_step=steps * task.round if whole_run else 0,
-            penalty=penalty,
+            penalty=_sum_of(penalties),
             seed=derive_seed(task.seed, "dropout"),
             loss=loss,
+            gradient=gradient,
+            adjust=adjust,
         )
     weight = {"examples": data.examples, "tokens": data.tokens, "equal": 1}[weights]
     metrics["data_seconds"] = Mean(batches.seconds, 1)
     return Update(subtract(adapter.tensors(received), received), float(weight), 1, metrics)
+
+
+def _proximal(adapter: Adapter, received: Tensors, local: LocalConfig) -> Penalty | None:
+    """The recipe's proximal term around what was received."""
+    if not local.proximal_mu:
+        return None
+    if local.proximal_on == "products":
+        return product_penalty(received, local.proximal_mu, next(iter(adapter.layers.values())).scale)
+    return proximal_penalty(received, local.proximal_mu)
+
+
+def _sum_of(penalties: Sequence[Penalty]) -> Penalty | None:
+    if len(penalties) < 2:
+        return penalties[0] if penalties else None
+    return lambda parameters: torch.stack([penalty(parameters) for penalty in penalties]).sum()
 
 
 @contextmanager

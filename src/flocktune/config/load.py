@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from flocktune.config import schema
+from flocktune.config.capabilities import refused
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 
@@ -81,7 +82,7 @@ def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> R
         config = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(*problems, *explain(error.errors(include_url=False))) from None
-    UserError.raise_all([*problems, *_cross_checks(config)])
+    UserError.raise_all([*problems, *_cross_checks(config), *refused(config)])
     if config.method == "fedbiot":
         emulator, alignment = config.emulator or schema.EmulatorConfig(), config.alignment or schema.AlignmentConfig()
         config = dataclasses.replace(config, emulator=emulator, alignment=alignment)

@@ -20,7 +20,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,8 @@ import torch
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.config.load import too_few_clients
 from flocktune.config.schema import Buffered
-from flocktune.engine.rounds import ClientRecord, Hooks, check_update, finish_round
+from flocktune.engine.client import restored
+from flocktune.engine.rounds import ClientRecord, Hooks, finish_round
 from flocktune.errors import Problem, RoundFailed, UpdateRefused, UserError
 from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
 from flocktune.seeds import derive_seed
@@ -71,7 +72,8 @@ def run_buffered(
     mine = at_work(state)
     state = {name: value for name, value in state.items() if name not in mine}
     task = ClientTask(0, "", kind, {}, seed, config_digest, model_digest)
-    desk = _Desk(clients, settings.concurrency, task, mine, list(server.message(state, first_round)))
+    names = list(server.message(state, first_round))
+    desk = _Desk(clients, settings.concurrency, task, mine, names, server.addressed)
     replies = engine.stream(desk.issue)
     for number in range(first_round, rounds):
         if hooks.should_stop():
@@ -81,11 +83,11 @@ def run_buffered(
             hooks.on_prepared(number, told, {**state, **desk.saved()})
         message = server.message(state, number)
         desk.open(number, message)
-        issued_before = desk.issued
-        intake = _Intake(number, desk, settings, server.returned(message), transforms, hooks)
+        sent_before = desk.bytes_sent
+        intake = _Intake(number, desk, settings, server, transforms, hooks)
         started = time.perf_counter()
         combined = weighted_mean(intake.usable(replies))
-        sent, replied = (desk.issued - issued_before) * encoded_size(message), tuple(dict.fromkeys(intake.replied))
+        sent, replied = desk.bytes_sent - sent_before, tuple(dict.fromkeys(intake.replied))
         state, record = finish_round(server, state, combined, intake, hooks, number, replied, sent, started)
         staleness = intake.staleness / settings.size
         record = replace(record, diagnostics={**record.diagnostics, "staleness": staleness})
@@ -125,9 +127,16 @@ class _Desk:
     """
 
     def __init__(
-        self, clients: Sequence[str], concurrency: int, task: ClientTask, saved: Tensors, names: Iterable[str]
+        self,
+        clients: Sequence[str],
+        concurrency: int,
+        task: ClientTask,
+        saved: Tensors,
+        names: Iterable[str],
+        addressed: Callable[[Tensors, str], Tensors],
     ) -> None:
-        self.clients, self.concurrency, self.task = clients, concurrency, task
+        self.clients, self.concurrency, self.task, self.addressed = clients, concurrency, task, addressed
+        self.bytes_sent = 0
         mine = group(saved, PREFIX)
         self.issued, self.replies = map(int, mine.get("counts", torch.zeros(2)))
         work = {client: _Work(*value.tolist()) for client, value in group(mine, "work").items()}
@@ -158,12 +167,15 @@ class _Desk:
         client = idle[derive_seed(self.task.seed, self.issued, "client") % len(idle)]
         self.work[client] = _Work(self.issued, self.round, self.replies)
         self.issued += 1
-        return self._task(client)
+        issued = self._task(client)
+        self.bytes_sent += encoded_size(issued.task.tensors)
+        return issued
 
     def _task(self, client: str) -> Issued:
         work = self.work[client]
         seed = derive_seed(self.task.seed, work.issue, client)
-        task = replace(self.task, round=work.round, client=client, tensors=self.messages[work.round], seed=seed)
+        received = self.addressed(self.messages[work.round], client)
+        task = replace(self.task, round=work.round, client=client, tensors=received, seed=seed)
         # M clients at work give M replies in the mean duration of a task.
         return Issued(task, work.replies / self.concurrency)
 
@@ -199,11 +211,12 @@ class _Intake:
         number: int,
         desk: _Desk,
         settings: Buffered,
-        expected: Tensors,
+        server: ServerHalf,
         transforms: Sequence[Transform],
         hooks: Hooks,
     ) -> None:
-        self.number, self.desk, self.settings, self.expected = number, desk, settings, expected
+        self.number, self.desk, self.settings, self.server = number, desk, settings, server
+        self.message = desk.messages[number]
         self.transforms, self.hooks = transforms, hooks
         self.clients: dict[str, ClientRecord] = {}
         self.replied: list[str] = []
@@ -229,7 +242,7 @@ class _Intake:
             self.replied.append(task.client)
             if isinstance(reply, Update):
                 self.bytes_up += encoded_size(reply.delta)
-                reply = self._checked(task.client, reply)
+                reply = self._checked(task, reply)
             if isinstance(reply, Failure):
                 self.desk.failed.add(task.client)
             else:
@@ -242,14 +255,11 @@ class _Intake:
             self.hooks.on_reply(len(self.clients), self.settings.size, task.client)
             yield reply
 
-    def _checked(self, client: str, update: Update) -> Update | Failure:
+    def _checked(self, task: ClientTask, update: Update) -> Update | Failure:
         try:
-            for transform in reversed(self.transforms):
-                update = transform.on_server(update)
-            check_update(self.expected, update)
+            return restored(update, self.transforms, self.server.returned(task.tensors))
         except UpdateRefused as refusal:
-            return Failure(client, str(refusal))
-        return update
+            return Failure(task.client, str(refusal))
 
     def _weighed(self, client: str, update: Update, staleness: int) -> Update | Failure:
         """The update as it counts at its age. Its record keeps the weight that the client gave."""

@@ -1,31 +1,89 @@
-"""One client's side of one task, in whatever process it runs: train, transform, or fail as a value."""
+"""One client's side of one task, in whatever process it runs: train, transform, or fail as a value.
+
+And what the server makes of it: transforms are undone, and the update is checked, before it may touch the state.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flocktune.errors import FlocktuneError
+from flocktune.errors import FlocktuneError, UpdateRefused
 from flocktune.interfaces import ClientHalf, Memory, Transform
-from flocktune.types import ClientTask, Failure, Mean, Update
+from flocktune.tensors import group, mismatches, prefixed
+from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
 
 _LOG = logging.getLogger(__name__)
 
 
-def answer(
-    task: ClientTask, half: ClientHalf, memory: Memory, transforms: Sequence[Transform] = ()
-) -> tuple[Update | Failure, Memory]:
-    """Run ``half`` and the client sides of ``transforms``. Never raises for what goes wrong inside them.
+def transformed(half: ClientHalf, transforms: Sequence[Transform]) -> ClientHalf:
+    """``half``, and the client sides of ``transforms`` after it, in their order.
+
+    Each transform has the part of memory, and of what was received, that bears its name; ``half`` has the rest.
+    """
+    if not transforms:
+        return half
+    names = tuple(f"{transform.name}/" for transform in transforms)
+
+    def others(tensors: Tensors) -> Tensors:
+        return {name: value for name, value in tensors.items() if not name.startswith(names)}
+
+    def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        update, kept = half(replace(task, tensors=others(task.tensors)), others(memory))
+        for transform in transforms:
+            update, own = transform.on_client(update, task, group(memory, transform.name))
+            kept = {**kept, **prefixed(transform.name, own)}
+        return update, kept
+
+    return train
+
+
+def on_wire(transforms: Sequence[Transform], expected: Tensors) -> Tensors:
+    """Names and shapes of what travels for an update of ``expected``."""
+    for transform in transforms:
+        expected = transform.on_wire(expected)
+    return expected
+
+
+def restored(update: Update, transforms: Sequence[Transform], expected: Tensors) -> Update:
+    """The update of ``expected`` names and shapes that came through ``transforms``. Raises UpdateRefused."""
+    stages = [expected]
+    for transform in transforms:
+        stages.append(transform.on_wire(stages[-1]))
+    check_update(stages.pop(), update)
+    for transform in reversed(transforms):
+        update = transform.on_server(update, stages.pop())
+    if transforms:
+        check_update(expected, update)
+    return update
+
+
+def check_update(expected: Tensors, update: Update) -> None:
+    """Refuse an update that must not touch the state: every problem in one UpdateRefused.
+
+    ``expected`` says which names, shapes and dtypes a delta has; it must be finite, with a positive finite weight.
+    """
+    problems = mismatches(expected, update.delta)
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        problems.append(f"weight: expected a positive number, got {update.weight}")
+    if update.clients < 1:
+        problems.append(f"clients: expected at least 1, got {update.clients}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UpdateRefused(f"update refused: {shown}")
+
+
+def answer(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update | Failure, Memory]:
+    """Run ``half``. Never raises for what goes wrong inside it.
 
     On failure the memory stays as it was. The metric ``seconds`` is added to the update.
     """
     started = time.perf_counter()
     try:
         update, new_memory = half(task, memory)
-        for transform in transforms:
-            update = transform.on_client(update, task)
     except Exception as error:  # a client's fault, whatever it is, must not end the others' run
         expected = isinstance(error, FlocktuneError)
         _LOG.warning("round %d, %s failed: %s", task.round, task.client, error, exc_info=not expected)

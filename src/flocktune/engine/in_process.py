@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from statistics import NormalDist
 
 from flocktune.engine.client import answer
-from flocktune.interfaces import ClientHalf, Issued, Memory, Transform
+from flocktune.interfaces import ClientHalf, Issued, Memory
 from flocktune.seeds import derive_seed
 from flocktune.types import ClientTask, Failure, Update
 
@@ -20,7 +20,6 @@ class InProcess:
     """Runs tasks lazily: the next client starts when its reply is asked for."""
 
     half: ClientHalf
-    transforms: Sequence[Transform] = ()
     memories: dict[str, Memory] = field(default_factory=dict)
 
     def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
@@ -45,7 +44,7 @@ class InProcess:
             yield task, self._reply(task)
 
     def _reply(self, task: ClientTask) -> Update | Failure:
-        reply, memory = answer(task, self.half, self.memories.get(task.client, {}), self.transforms)
+        reply, memory = answer(task, self.half, self.memories.get(task.client, {}))
         if memory:
             self.memories[task.client] = memory
         return reply

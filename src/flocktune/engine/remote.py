@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flocktune.config.engines import FlowerEngine
+from flocktune.engine.client import check_update
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel, shown
-from flocktune.engine.rounds import check_update
 from flocktune.errors import UpdateRefused
 from flocktune.files import sha256_bytes
 from flocktune.interfaces import Issued, Memory
@@ -33,6 +33,9 @@ POLL_S = 0.2
 
 MOST_SENT = 4
 """How often a task is sent to a client in one round: it may be cut off, and come back."""
+
+MOST_RECENT = 8
+"""How many different messages of a round are kept encoded: clients of one rank receive the same."""
 
 FIELDS_ROOM = 1 << 20
 """Bytes that a reply may have beside its tensors."""
@@ -61,13 +64,13 @@ class Link(Protocol):
 class Federated:
     """What the tasks of one run have in common.
 
-    ``run`` names it for all time. ``recipe``: the resolved recipe, as plain values. ``returned``: message -> tensors
-    of the names and shapes that an update must have. ``emulator``: reads FedBiOT's bundle as tensors of bytes by file.
+    ``run`` names it for all time. ``recipe``: the resolved recipe, as plain values. ``returned``: task -> tensors of
+    the names and shapes that travel as its update. ``emulator``: reads FedBiOT's bundle as tensors of bytes by file.
     """
 
     run: str
     recipe: Mapping[str, Any]
-    returned: Callable[[Tensors], Tensors]
+    returned: Callable[[ClientTask], Tensors]
     emulator: Callable[[], Tensors] | None = None
     emulator_bytes: int = 0
 
@@ -144,7 +147,7 @@ class _Exchange:
         self.open: dict[str, _Open] = {}
         self.settled: dict[str, Callable[[], Update | Failure]] = {}
         self.updates = 0
-        self._last: tuple[Tensors, bytes, str] | None = None
+        self._recent: dict[int, tuple[Tensors, bytes, str]] = {}
 
     def give(self, task: ClientTask) -> str:
         """Take a task on; it is sent by :meth:`look`. Raises ValueError for a client that has one already."""
@@ -212,11 +215,13 @@ class _Exchange:
         return encode_tensors(self.remote.common.emulator())
 
     def _encoded(self, tensors: Tensors) -> tuple[bytes, str]:
-        """Bytes and their digest. The clients of a round receive the same tensors: they are encoded once."""
-        if self._last is None or self._last[0] is not tensors:
+        """Bytes and their digest. Clients that receive the same tensors are sent the same bytes, encoded once."""
+        if id(tensors) not in self._recent:
             blob = encode_tensors(tensors)
-            self._last = (tensors, blob, sha256_bytes(blob))
-        return self._last[1:]
+            while len(self._recent) >= MOST_RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[id(tensors)] = (tensors, blob, sha256_bytes(blob))
+        return self._recent[id(tensors)][1:]
 
     def _receive(self, next_in_order: str) -> None:
         asked = {client: item.asked for client, item in self.open.items() if item.asked}
@@ -248,7 +253,7 @@ class _Exchange:
         match reply.kind:
             case "update":
                 self._note("received", item, sha256=reply.sha256, bytes=len(reply.blob))
-                expected = self.remote.common.returned(item.task.tensors)
+                expected = self.remote.common.returned(item.task)
                 self._keep(client, reply, expected, spool)
             case "failure":
                 self._fail(client, str(reply.fields.get("reason", "no reason given")))

@@ -2,24 +2,25 @@
 
     state -> prepare -> message -> tasks -> engine -> replies -> transforms reversed -> checks -> combine -> step
 
-Nothing flows back inside a round, and updates are folded as they come: memory does not grow with clients.
+Nothing flows back inside a round, and updates are folded as they come: memory does not grow with clients. How replies
+are had of an engine is ``collect``: one of each client, or one sum of all (secure aggregation).
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from flocktune.aggregation.mean import weighted_mean
+from flocktune.aggregation.mean import unchanged, weighted_mean
+from flocktune.engine.client import restored
 from flocktune.errors import RoundFailed, UpdateRefused
-from flocktune.interfaces import Engine, ServerHalf, State, Transform
+from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
 from flocktune.scheduling import Cohort
 from flocktune.seeds import derive_seed
-from flocktune.tensors import mismatches, norm
+from flocktune.tensors import norm
 from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
 from flocktune.wire import encoded_size
 
@@ -64,6 +65,20 @@ class Hooks:
     diagnose_clients: int = 0
 
 
+Collect: TypeAlias = Callable[
+    [Engine, Iterator[ClientTask], Cohort], Iterator[tuple[tuple[str, ...], Update | Failure]]
+]
+"""Engine, the cohort's tasks, cohort -> replies, each with the clients that are in it."""
+
+
+def one_by_one(
+    engine: Engine, tasks: Iterator[ClientTask], cohort: Cohort
+) -> Iterator[tuple[tuple[str, ...], Update | Failure]]:
+    """Every client's own reply, in task order."""
+    for client, reply in zip(cohort.asked, engine.run(tasks, cohort.wanted), strict=False):
+        yield (client,), reply
+
+
 def run_rounds(
     server: ServerHalf,
     engine: Engine,
@@ -77,11 +92,13 @@ def run_rounds(
     config_digest: str = "",
     model_digest: str = "",
     transforms: Sequence[Transform] = (),
+    collect: Collect = one_by_one,
     hooks: Hooks | None = None,
 ) -> State:
     """Run rounds ``first_round .. rounds - 1`` and return the last state.
 
-    ``schedule(round)`` gives the cohort. ``hooks.on_round`` gets every finished round with its state: that is where a
+    ``schedule(round)`` gives the cohort; one with quorum 0 may be empty, and its update is then no change.
+    ``hooks.on_round`` gets every finished round with its state: that is where a
     checkpoint is written. Raises RoundFailed when fewer than the quorum answer; the state is then that of the
     round before.
     """
@@ -94,28 +111,42 @@ def run_rounds(
         if told:
             hooks.on_prepared(number, told, state)
         message = server.message(state, number)
-        expected = server.returned(message)
-        intake = _Intake(cohort, expected, transforms, hooks)
+        intake = _Intake(server, message, cohort, transforms, hooks)
         tasks = (
-            ClientTask(number, client, kind, message, derive_seed(seed, number, client), config_digest, model_digest)
-            for client in intake.given_out()
+            ClientTask(
+                number,
+                client,
+                kind,
+                server.addressed(message, client),
+                derive_seed(seed, number, client),
+                config_digest,
+                model_digest,
+            )
+            for client in cohort.asked
         )
         started = time.perf_counter()
-        updates = intake.usable(zip(cohort.asked, engine.run(tasks, cohort.wanted), strict=False))
+        metered = _Metered(engine)
+        updates = intake.usable(collect(metered, tasks, cohort))
         first = next(updates, None)
-        combined = first and (server.combine or weighted_mean)(chain([first], updates))
-        if combined is None or len(intake.clients) < cohort.quorum:
-            raise RoundFailed(number, max(1, cohort.quorum), len(intake.clients), intake.failures)
-        sent = intake.asked * encoded_size(message)
+        combined = combine(server, chain([first], updates), message) if first else unchanged(server.returned(message))
+        if len(intake.clients) < cohort.quorum:
+            raise RoundFailed(number, cohort.quorum, len(intake.clients), intake.failures)
+        intake.bytes_up = metered.bytes_up
+        sent = metered.bytes_down
         state, record = finish_round(server, state, combined, intake, hooks, number, cohort.asked, sent, started)
         hooks.on_round(record, state)
     return state
 
 
+def combine(server: ServerHalf, updates: Iterable[Update], message: Tensors) -> Update:
+    """At least one update -> one, by the server's own rule or the weighted mean."""
+    return server.combine(updates, message) if server.combine else weighted_mean(updates)
+
+
 class Taken(Protocol):
     """What an intake knows when the last update of a round is in it."""
 
-    expected: Tensors
+    message: Tensors
     clients: dict[str, ClientRecord]
     failures: list[Failure]
     kept: list[Update]
@@ -137,7 +168,7 @@ def finish_round(
     """The server's step, and what happened in the round that it ends; ``started`` is of ``time.perf_counter``."""
     state = server.step(state, combined)
     combined_at = time.perf_counter()
-    diagnostics = hooks.diagnose(intake.expected, intake.kept) if intake.kept else {}
+    diagnostics = hooks.diagnose(intake.message, intake.kept) if intake.kept else {}
     seconds = {
         "train": intake.waiting_s,
         "aggregate": combined_at - started - intake.waiting_s,
@@ -158,65 +189,71 @@ def finish_round(
     return state, record
 
 
-class _Intake:
-    """Takes replies one by one: measures, undoes transforms, checks, and lets usable updates through."""
+class _Metered:
+    """An engine, and the bytes that went to its clients and came from them: those of encoded tensors."""
 
-    def __init__(self, cohort: Cohort, expected: Tensors, transforms: Sequence[Transform], hooks: Hooks) -> None:
-        self.cohort, self.expected, self.transforms, self.hooks = cohort, expected, transforms, hooks
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.memories = engine, engine.memories
+        self.bytes_down = self.bytes_up = 0
+        self._last: tuple[Tensors, int] = ({}, encoded_size({}))
+
+    def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
+        for reply in self.engine.run(map(self._sent, tasks), wanted):
+            if isinstance(reply, Update):
+                self.bytes_up += encoded_size(reply.delta)
+            yield reply
+
+    def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
+        return self.engine.stream(issue)
+
+    def _sent(self, task: ClientTask) -> ClientTask:
+        if task.tensors is not self._last[0]:  # mostly all clients of a round receive the same
+            self._last = task.tensors, encoded_size(task.tensors)
+        self.bytes_down += self._last[1]
+        return task
+
+
+class _Intake:
+    """Takes replies one by one: undoes transforms, checks, and lets usable updates through."""
+
+    def __init__(
+        self, server: ServerHalf, message: Tensors, cohort: Cohort, transforms: Sequence[Transform], hooks: Hooks
+    ) -> None:
+        self.server, self.message, self.cohort, self.transforms = server, message, cohort, transforms
+        self.hooks = hooks
         self.clients: dict[str, ClientRecord] = {}
         self.failures: list[Failure] = []
         self.kept: list[Update] = []
-        self.asked = self.answered = self.bytes_up = 0
+        self.answered = self.bytes_up = 0
         self.waiting_s = 0.0
 
-    def given_out(self) -> Iterator[str]:
-        """The cohort's clients, as the engine takes their tasks; counts them."""
-        for client in self.cohort.asked:
-            self.asked += 1
-            yield client
-
-    def usable(self, replies: Iterator[tuple[str, Update | Failure]]) -> Iterator[Update]:
-        """The updates that may touch the state, at most as many as the cohort wants."""
+    def usable(self, replies: Iterator[tuple[tuple[str, ...], Update | Failure]]) -> Iterator[Update]:
+        """The updates that may touch the state, of at most as many clients as the cohort wants."""
         while len(self.clients) < self.cohort.wanted:
             started = time.perf_counter()
-            pair = next(replies, None)
+            found = next(replies, None)
             self.waiting_s += time.perf_counter() - started
-            if pair is None:
+            if found is None:
                 return
-            client, reply = pair
-            self.answered += 1
-            self.hooks.on_reply(self.answered, len(self.cohort.asked), client)
+            clients, reply = found
+            for client in clients:
+                self.answered += 1
+                self.hooks.on_reply(self.answered, len(self.cohort.asked), client)
             if isinstance(reply, Update):
-                self.bytes_up += encoded_size(reply.delta)
-                reply = self._checked(client, reply)
+                reply = self._checked(clients, reply)
             if isinstance(reply, Failure):
                 self.failures.append(reply)
                 continue
-            self.clients[client] = ClientRecord(reply.weight, reply.metrics)
+            for client in clients:  # of a sum of several, nothing is known of one
+                alone = reply.metrics if len(clients) == 1 else {}
+                self.clients[client] = ClientRecord(reply.weight / len(clients), alone)
             if len(self.kept) < self.hooks.diagnose_clients:
                 self.kept.append(reply)
             yield reply
 
-    def _checked(self, client: str, update: Update) -> Update | Failure:
+    def _checked(self, clients: tuple[str, ...], update: Update) -> Update | Failure:
+        expected = self.server.returned(self.server.addressed(self.message, clients[0]))
         try:
-            for transform in reversed(self.transforms):
-                update = transform.on_server(update)
-            check_update(self.expected, update)
+            return restored(update, self.transforms, expected)
         except UpdateRefused as refusal:
-            return Failure(client, str(refusal))
-        return update
-
-
-def check_update(expected: Tensors, update: Update) -> None:
-    """Refuse an update that must not touch the state: every problem in one UpdateRefused.
-
-    ``expected`` says which names and shapes a delta has; it must be float32, finite, with a positive finite weight.
-    """
-    problems = mismatches(expected, update.delta)
-    if not (math.isfinite(update.weight) and update.weight > 0):
-        problems.append(f"weight: expected a positive number, got {update.weight}")
-    if update.clients < 1:
-        problems.append(f"clients: expected at least 1, got {update.clients}")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UpdateRefused(f"update refused: {shown}")
+            return Failure(", ".join(clients), str(refusal))

@@ -72,7 +72,7 @@ def _engine(link: Link, roster: Roster, audit: AuditLog, folder: Path | None = N
         common = Federated(
             run=roster.run,
             recipe=to_tree(fed.config),
-            returned=fed.server.returned,
+            returned=fed.travels,
             emulator=(lambda: bundle_tensors(bundle)) if bundle else None,
             emulator_bytes=bundle.bytes if bundle else 0,
         )

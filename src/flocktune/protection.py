@@ -1,0 +1,20 @@
+"""What a recipe puts around its method, whatever the method is: on the server, on clients, and on the wire between.
+
+Both sides of a federation build theirs from the same recipe, so that what one does the other undoes.
+"""
+
+from __future__ import annotations
+
+from flocktune.config.schema import RunConfig
+from flocktune.engine.client import transformed
+from flocktune.interfaces import ClientHalf, Transform
+
+
+def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
+    """What updates go through on their way, in the order in which a client does it."""
+    return ()
+
+
+def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
+    """The client half as tasks are given to it."""
+    return transformed(half, transforms_of(config))
