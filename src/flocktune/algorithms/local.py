@@ -59,8 +59,8 @@ def train_locally(
 ) -> Update:
     """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
 
-    ``penalty`` is added to that of the recipe. ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the
-    whole run. The same task gives the same update. Raises NotFinite.
+    ``penalty`` is added to that of the recipe. ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed
+    for a learning rate that runs over the whole run. The same task gives the same update. Raises NotFinite.
     """
     # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
     received = {name: received[name] for name in adapter.parameters if name in received}
