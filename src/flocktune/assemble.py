@@ -40,7 +40,7 @@ from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
-from flocktune.protection import around_client, transforms_of
+from flocktune.protection import around_client, around_server, transforms_of
 from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
@@ -105,7 +105,7 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
         rounds,
         fedavg.KIND,
         starting_adapter(config, base.adapter),
-        fedavg.server_half(config.aggregation),
+        around_server(config, fedavg.server_half(config.aggregation)),
         around_client(
             config, fedavg.client_half(base.adapter, clients, local, config.aggregation.weights, rounds=rounds)
         ),
@@ -131,7 +131,9 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
         config.rounds,
         fedbiot.KIND,
         starting_emulator(config, pair),
-        fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed),
+        around_server(
+            config, fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
+        ),
         emulator_client(config, emulated, data),
         scheduler(config, data.clients),
         digest,

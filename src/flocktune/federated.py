@@ -7,7 +7,7 @@ of one file per client (allocation ``natural``) holds for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_bytes
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
-from flocktune.protection import around_client
+from flocktune.protection import around_client, around_server
 from flocktune.resident import Instructions, load_base, load_instructions
-from flocktune.types import Tensors
+from flocktune.types import ClientTask, Tensors
 
 KINDS = {"fedit": fedavg.KIND, "fedbiot": fedbiot.KIND}
 """The kind of task that each method gives its clients."""
@@ -81,10 +81,10 @@ def _no_rows(digest: str) -> Instructions:
 
 @dataclass(frozen=True, eq=False)
 class OwnersSide:
-    """One owner's half of a run. ``expected``: the names and shapes that a task's tensors must have."""
+    """One owner's half of a run. ``expected``: a task, without its tensors -> the names and shapes that these have."""
 
     half: ClientHalf
-    expected: Tensors
+    expected: Callable[[ClientTask], Tensors]
     rows: int
 
 
@@ -108,14 +108,21 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
         batches = client_data(own, base.pad_id, mine)
         plain = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
         half = around_client(own, plain)
-        expected = base.adapter.tensors()
+        server = fedavg.server_half(own.aggregation)
     else:
         emulated = load_emulator(own, emulator)
         base = emulated.base
         half = emulator_client(own, emulated, mine)
-        expected = fedbiot.joined(fedbiot.split_tensors(emulator.plan, base.adapter.tensors()))
+        server = fedbiot.message_half(emulator.plan)
     check_rows([train], base.model)
     refuse_leaks(own, base)
+    server = around_server(own, server)
+    start = server.init(base.adapter.tensors())
+
+    def expected(task: ClientTask) -> Tensors:
+        """What the recipe's own server half sends: names and shapes are those of its first state."""
+        return server.addressed(server.message(start, task.round), client)
+
     return OwnersSide(half, expected, len(rows))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flocktune.config.schema import RunConfig
 from flocktune.engine.client import transformed
-from flocktune.interfaces import ClientHalf, Transform
+from flocktune.interfaces import ClientHalf, ServerHalf, Transform
 
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
@@ -18,3 +18,8 @@ def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
 def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
     """The client half as tasks are given to it."""
     return transformed(half, transforms_of(config))
+
+
+def around_server(config: RunConfig, server: ServerHalf) -> ServerHalf:
+    """The server half as rounds are run with it; it is asked by an owner's side, too, what a message looks like."""
+    return server

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.int32: "I32",
     torch.uint8: "U8",
 }
 """How a header calls them."""
@@ -86,15 +87,19 @@ def encode_tensors(tensors: Tensors) -> bytes:
     return save({name: value.contiguous() for name, value in tensors.items()}, metadata={"format": FORMAT})
 
 
-def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
+def decode_tensors(
+    blob: bytes, expected: Tensors | None = None, more: Mapping[str, Sequence[int | None]] | None = None
+) -> Tensors:
     """The tensors that :func:`encode_tensors` was given.
 
     With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values,
-    and they come in its order, not the file's: sums over tensors round by their order. Raises UpdateRefused.
+    and they come in its order, not the file's: sums over tensors round by their order. ``more``: float32 tensors that
+    may be there or not, by name, None for a dimension that may be any; they come last. Raises UpdateRefused.
     """
     try:
         (length,) = struct.unpack_from("<Q", blob)
-        if expected is not None and length > _longest_header(expected):
+        more = {name: shape for name, shape in (more or {}).items() if name not in (expected or {})}
+        if expected is not None and length > _longest_header(expected) + 300 * len(more):
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(blob[8 : 8 + length])
         metadata = header.pop("__metadata__")
@@ -102,11 +107,36 @@ def decode_tensors(blob: bytes, expected: Tensors | None = None) -> Tensors:
             raise ValueError(f"format {metadata.get('format')}")
         if expected is None:
             return load(blob)
-        _refuse_header(header, expected)
+        there = [name for name, shape in more.items() if name in header and _fits(header[name], shape)]
+        _refuse_header({name: entry for name, entry in header.items() if name not in there}, expected)
         tensors = load(blob)
-        return {name: tensors[name] for name in expected}
+        return {name: tensors[name] for name in (*expected, *there)}
     except (*_NOT_OURS, AttributeError) as error:
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
+
+
+SIDE_A, SIDE_B = ".side_A", ".side_B"
+"""What the names of a side adapter's factors end in: what a product of means left out, in a message beside them."""
+
+
+def side_factors(expected: Tensors) -> dict[str, tuple[int | None, ...]]:
+    """What a message may have beside ``expected`` factors A [R, in] and B [out, R]: a side adapter of any rank."""
+    sides: dict[str, tuple[int | None, ...]] = {}
+    for name, value in expected.items():
+        if name.endswith(".lora_A"):
+            sides[name.removesuffix(".lora_A") + SIDE_A] = (None, *value.shape[1:])
+        if name.endswith(".lora_B"):
+            sides[name.removesuffix(".lora_B") + SIDE_B] = (*value.shape[:1], None)
+    return sides
+
+
+def _fits(entry: Mapping[str, Any], shape: Sequence[int | None]) -> bool:
+    """Whether a header's entry is float32 of this shape."""
+    have = entry["shape"]
+    sizes = len(have) == len(shape) and all(
+        want in (None, size) and type(size) is int for size, want in zip(have, shape, strict=True)
+    )
+    return entry["dtype"] == "F32" and sizes
 
 
 def _longest_header(expected: Tensors) -> int:

@@ -34,7 +34,7 @@ from flocktune.models.bundle import other_emulator
 from flocktune.models.lora import Adapter
 from flocktune.models.split import SplitPlan
 from flocktune.seeds import derive_seed
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import add_scaled, group, prefixed
 from flocktune.training import NotFinite, fit
 from flocktune.types import ClientTask, Tensors, Update
 
@@ -100,9 +100,6 @@ def server_half(
     def message(state: State, round: int) -> Tensors:
         return joined({part: group(state, part) for part in (EMULATOR, ADAPTER)})
 
-    def returned(message: Tensors) -> Tensors:
-        return group(message, ADAPTER)
-
     def step(state: State, update: Update) -> State:
         adapter, optimizer = server_opt.step(settings, group(state, ADAPTER), update.delta, group(state, "optimizer"))
         return {**state, **prefixed(ADAPTER, adapter), **prefixed("optimizer", optimizer)}
@@ -110,7 +107,19 @@ def server_half(
     def result(state: State) -> Tensors:
         return plan.to_full(group(state, ADAPTER))
 
-    return ServerHalf(init, message, step, result, returned=returned, prepare=prepare)
+    return ServerHalf(init, message, step, result, returned=_adapter_of, prepare=prepare)
+
+
+def message_half(plan: SplitPlan) -> ServerHalf:
+    """As :func:`server_half` in names and shapes of what goes down and comes up, where there is no full model."""
+
+    def init(tensors: Tensors) -> State:
+        return joined(split_tensors(plan, tensors))
+
+    def step(state: State, update: Update) -> State:
+        return {**state, **prefixed(ADAPTER, add_scaled(group(state, ADAPTER), update.delta))}
+
+    return ServerHalf(init, lambda state, round: state, step, lambda state: state, returned=_adapter_of)
 
 
 def emulator_result(state: State) -> Tensors:
@@ -146,6 +155,10 @@ def client_half(
         return train_locally(emulator, adapter, task, mine, local, weights, rounds=rounds, loss=prefix.loss), memory
 
     return train
+
+
+def _adapter_of(message: Tensors) -> Tensors:
+    return group(message, ADAPTER)
 
 
 def split_tensors(plan: SplitPlan, tensors: Tensors) -> Mapping[str, Tensors]:

@@ -4,6 +4,7 @@ HOME/key           the private key        HOME/policy.yaml   what this owner all
 HOME/ca.pem        whom it trusts         HOME/audit.jsonl   every task, refusal and update
 HOME/worker.sock   where its worker is    HOME/worker.log    what that one said
 HOME/cache/        rows as tokens, emulators HOME/invited      which invitations were used here
+HOME/memory/       private state of runs, such as a factor that never leaves
 HOME/node          what the coordinator calls this client    HOME/task   what it is at: given back after a crash
 """
 
@@ -29,7 +30,7 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, sha256_bytes
 from flocktune.owner.policy import write_policy
 
-AUDIT, POLICY, CACHE, INVITED = "audit.jsonl", "policy.yaml", "cache", "invited"
+AUDIT, POLICY, CACHE, INVITED, MEMORY = "audit.jsonl", "policy.yaml", "cache", "invited", "memory"
 
 
 def default_home(invitation: Invitation) -> Path:

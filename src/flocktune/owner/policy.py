@@ -52,6 +52,7 @@ class Policy:
     max_rank: Positive = 256
     max_task_mb: Positive = 2048
     max_update_mb: Positive = 1024
+    max_memory_mb: Positive = 4096
     tensors: Annotated[tuple[str, ...], Field(min_length=1)] = ("*.lora_A", "*.lora_B")
     clip_norm: PositiveFloat | None = None
     min_rows: Positive = 1
@@ -103,6 +104,7 @@ max_minutes: 60.0                # one task, then it is stopped
 max_rank: 256                    # rank of the adapter that is trained
 max_task_mb: 2048                # size of a task that is read
 max_update_mb: 1024              # size of an update that may leave
+max_memory_mb: 4096              # size of what is kept here between the rounds of one run, if its method keeps any
 
 tensors: ["*.lora_A", "*.lora_B"] # names of tensors that may leave; * stands for anything
 clip_norm: null                  # an update is scaled down to this Euclidean norm before it leaves; null is as it is

@@ -30,12 +30,13 @@ from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_
 from flocktune.models.load import pick_device
 from flocktune.owner.home import AUDIT, POLICY
 from flocktune.owner.leaving import leaving
+from flocktune.owner.memory import load_memory, save_memory
 from flocktune.owner.policy import GB, Asked, Policy, columns_read, load_policy, refusals
 from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
 from flocktune.types import ClientTask, Failure, Update
-from flocktune.wire import decode_tensors, encode_tensors, update_fields
+from flocktune.wire import decode_tensors, encode_tensors, side_factors, update_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,8 +124,13 @@ class Owner:
         side = self._side(config, policy, bundle)
         _refuse(policy, replace(asked, rows=rows_used(config.local, side.rows)), *taken)
         refuse_endless(config.local, side.rows)
-        task = replace(task, tensors=decode_tensors(parcel.blob, side.expected))
-        return self._let_out(leaving(policy, _trained(task, side.half)), named)
+        expected = side.expected(task)
+        task = replace(task, tensors=decode_tensors(parcel.blob, expected, more=side_factors(expected)))
+        kept = load_memory(self.home, named["run"])
+        update, memory = _trained(task, side.half, kept.for_task(task))
+        update = leaving(policy, update)
+        save_memory(self.home, named["run"], kept.following(task, memory), policy.max_memory_mb)
+        return self._let_out(update, named)
 
     def _let_out(self, update: Update, named: Mapping[str, Any]) -> Parcel:
         """The update as a parcel; it is in the audit log, on disk, before it is handed on."""
@@ -238,8 +244,11 @@ def _record(named: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": named.get("run", ""), "round": named.get("round", -1), "nonce": named.get("nonce", "")}
 
 
-def _trained(task: ClientTask, half: ClientHalf) -> Update:
-    """Raises Refused when training diverged, which only numbers tell of, and Failed for all else."""
+def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update, Memory]:
+    """The update, and the new memory.
+
+    Raises Refused when training diverged, which only numbers tell of, and Failed for all else.
+    """
     raised: list[Exception] = []
 
     def kept(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
@@ -249,12 +258,12 @@ def _trained(task: ClientTask, half: ClientHalf) -> Update:
             raised.append(error)
             raise
 
-    reply, _ = answer(task, kept, {})
+    reply, after = answer(task, kept, memory)
     if isinstance(reply, Failure):
         if isinstance(raised[0], NotFinite):
             raise Refused(reply.reason)
         raise Failed(f"{type(raised[0]).__name__} while training; the owner's own log says more", reply.reason)
-    return reply
+    return reply, after
 
 
 def _told(error: Exception) -> str:
