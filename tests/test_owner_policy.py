@@ -15,7 +15,7 @@ from flocktune.algorithms import fedavg, fedbiot
 from flocktune.config.schema import Columns, LoraConfig
 from flocktune.errors import UpdateRefused, UserError
 from flocktune.models.lora import A_SUFFIX, B_SUFFIX
-from flocktune.owner.leaving import leaving
+from flocktune.owner.leaving import leaving, refuse_large
 from flocktune.owner.policy import MB, Asked, Policy, load_policy, refusals, write_policy
 from flocktune.tensors import norm
 from flocktune.types import Mean, Update
@@ -235,17 +235,21 @@ def test_every_problem_of_an_update_is_named() -> None:
         "model.embed_tokens.weight": torch.ones(2),
         f"{NAME}{A_SUFFIX}": torch.tensor([1.0, math.nan]),
         f"{NAME}{B_SUFFIX}": torch.ones(2, dtype=torch.float64),
-        f"{NAME}.big{A_SUFFIX}": torch.zeros(MB // 4),
     }
-    message = refused(Policy(max_update_mb=1), Update(delta, math.inf))
+    message = refused(Policy(), Update(delta, math.inf))
     for words in (
         "model.embed_tokens.weight: expected a name like *.lora_A or *.lora_B",
         "lora_B: expected torch.float32, got torch.float64",
         "values: expected finite ones",
         "weight: expected a positive number, got inf",
-        "size: expected at most 1 MB, got 1.0 MB",
     ):
         assert words in message, f"{words!r} not in\n{message}"
+
+
+def test_the_size_is_that_of_what_travels() -> None:
+    refuse_large(Policy(max_update_mb=1), update_of(torch.zeros(MB // 4 - 100)))
+    with pytest.raises(UpdateRefused, match=r"may not leave: size: expected at most 1 MB, got 1\.0 MB"):
+        refuse_large(Policy(max_update_mb=1), update_of(torch.zeros(MB // 4)))
 
 
 def test_names_are_matched_whole_and_letter_by_letter() -> None:

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from flocktune import resident
 from flocktune.audit import AuditLog, read_audit, verify
 from flocktune.config.schema import Columns
+from flocktune.engine.client import transformed
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, Parcel
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.federated import bundle_tensors
 from flocktune.files import read_json, sha256_file, write_json
+from flocktune.interfaces import Transform
 from flocktune.models import bundle as bundles
 from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.owner import tasks
@@ -33,6 +35,7 @@ from flocktune.owner.home import AUDIT, POLICY
 from flocktune.owner.policy import GB, Policy
 from flocktune.owner.tasks import Owner
 from flocktune.tensors import norm
+from flocktune.types import Update
 from flocktune.wire import decode_tensors, encode_tensors
 from tiny_federation import Scene, make_owner, make_scene, new_nonce, over_the_wire
 
@@ -560,6 +563,25 @@ def test_what_leaves_is_bounded_and_listed(scene: Scene, bob: Owner) -> None:
     policy(bob, "tensors: ['*.lora_B']")
     assert "the update may not leave" in refused(bob, scene.task())
     assert "lora_A: expected a name like *.lora_B" in records(bob)[-1]["reasons"][0]
+
+
+def test_an_owner_bounds_the_true_update_and_the_size_of_what_travels(
+    scene: Scene, bob: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a recipe puts around a method sees the update as it may leave, whatever it makes of it."""
+    seen: list[float] = []
+
+    def hidden(update: Update, task: object, memory: object) -> tuple[Update, dict[str, torch.Tensor]]:
+        seen.append(norm(update.delta))
+        return replace(update, delta={"hidden": torch.zeros(2_000_000, dtype=torch.uint8)}), {}
+
+    transform = Transform("hide", hidden, lambda update, expected: update)
+    monkeypatch.setattr(tasks, "around_client", lambda config, half: transformed(half, [transform]))
+    policy(bob, "clip_norm: 0.001")
+    assert ask(bob, scene.task()).kind == UPDATE
+    assert seen == [pytest.approx(0.001, rel=1e-5)]
+    policy(bob, "max_update_mb: 1")
+    assert "size: expected at most 1 MB, got 1.9 MB" in refused(bob, scene.task())
 
 
 # --- what the coordinator is told, and what the disk does -------------------------------------------------

@@ -134,7 +134,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
         around_server(
             config, fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
         ),
-        emulator_client(config, emulated, data),
+        around_client(config, emulator_client(config, emulated, data)),
         scheduler(config, data.clients),
         digest,
         {**identity_of(config, data), "public": public_rows(config).digest, "emulator": digest},
@@ -145,7 +145,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
 
 def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> ClientHalf:
     """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
-    half = fedbiot.client_half(
+    return fedbiot.client_half(
         emulated.base.adapter,
         emulated.bundle.plan,
         emulated.bundle.digest,
@@ -155,7 +155,6 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> 
         config.aggregation.weights,
         rounds=config.rounds,
     )
-    return around_client(config, half)
 
 
 @contextmanager
@@ -187,7 +186,7 @@ def client_half_of(recipe_text: str, own_bundle: str | None = None) -> ClientHal
         return federation(config, folder).client
     emulated = load_emulator(config, read_bundle(folder))
     rows = allocate_clients(replace(config, model=replace(config.model, path=str(folder))))
-    return emulator_client(config, emulated, rows)
+    return around_client(config, emulator_client(config, emulated, rows))
 
 
 def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:

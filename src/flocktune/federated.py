@@ -25,7 +25,7 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_bytes
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
-from flocktune.protection import around_client, around_server
+from flocktune.protection import around_server
 from flocktune.resident import Instructions, load_base, load_instructions
 from flocktune.types import ClientTask, Tensors
 
@@ -81,7 +81,10 @@ def _no_rows(digest: str) -> Instructions:
 
 @dataclass(frozen=True, eq=False)
 class OwnersSide:
-    """One owner's half of a run. ``expected``: a task, without its tensors -> the names and shapes that these have."""
+    """One owner's half of a run, without what the recipe puts around it: the owner's own bounds come before that.
+
+    ``expected``: a task, without its tensors -> the names and shapes that these have.
+    """
 
     half: ClientHalf
     expected: Callable[[ClientTask], Tensors]
@@ -106,8 +109,7 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
     if emulator is None:
         base = load_base(own.model, own.lora, own.runtime.device)
         batches = client_data(own, base.pad_id, mine)
-        plain = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
-        half = around_client(own, plain)
+        half = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
         server = fedavg.server_half(own.aggregation)
     else:
         emulated = load_emulator(own, emulator)

@@ -29,10 +29,11 @@ from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle
 from flocktune.models.load import pick_device
 from flocktune.owner.home import AUDIT, POLICY
-from flocktune.owner.leaving import leaving
+from flocktune.owner.leaving import bounded, refuse_large
 from flocktune.owner.memory import load_memory, save_memory
 from flocktune.owner.policy import GB, Asked, Policy, columns_read, load_policy, refusals
 from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
+from flocktune.protection import around_client
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
 from flocktune.types import ClientTask, Failure, Update
@@ -127,8 +128,9 @@ class Owner:
         expected = side.expected(task)
         task = replace(task, tensors=decode_tensors(parcel.blob, expected, more=side_factors(expected)))
         kept = load_memory(self.home, named["run"])
-        update, memory = _trained(task, side.half, kept.for_task(task))
-        update = leaving(policy, update)
+        half = around_client(config, bounded(policy, side.half))
+        update, memory = _trained(task, half, kept.for_task(task))
+        refuse_large(policy, update)
         save_memory(self.home, named["run"], kept.following(task, memory), policy.max_memory_mb)
         return self._let_out(update, named)
 
@@ -247,7 +249,7 @@ def _record(named: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update, Memory]:
     """The update, and the new memory.
 
-    Raises Refused when training diverged, which only numbers tell of, and Failed for all else.
+    Raises Refused when training diverged or its update may not leave, and Failed for all else.
     """
     raised: list[Exception] = []
 
@@ -260,7 +262,7 @@ def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update
 
     reply, after = answer(task, kept, memory)
     if isinstance(reply, Failure):
-        if isinstance(raised[0], NotFinite):
+        if isinstance(raised[0], NotFinite | UpdateRefused):
             raise Refused(reply.reason)
         raise Failed(f"{type(raised[0]).__name__} while training; the owner's own log says more", reply.reason)
     return reply, after
