@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flocktune.aggregation.mean import weighted_mean
 from flocktune.algorithms import fedavg
 from flocktune.config.schema import AggregationConfig, SchedulingConfig, ServerAdaptive, ServerSgd, Uniform
 from flocktune.engine.checkpoint import Checkpoint, CheckpointDamaged, load_checkpoint, save_checkpoint
-from flocktune.engine.client import check_update, transformed
+from flocktune.engine.client import check_update, restored, transformed
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.ray_worker import pack, unpack
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
@@ -21,7 +22,7 @@ from flocktune.interfaces import Memory, State, Transform
 from flocktune.scheduling import Cohort, select
 from flocktune.tensors import digest
 from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
-from flocktune.wire import build_task, build_update, task_fields, update_fields
+from flocktune.wire import build_task, build_update, encoded_size, task_fields, update_fields
 
 TARGETS = {"a": [1.0, 0.0, 0.0], "b": [0.0, 2.0, 0.0], "c": [0.0, 0.0, 4.0]}
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -308,3 +309,99 @@ def test_without_a_sound_checkpoint_every_one_is_named(tmp_path) -> None:
     flip(tmp_path / "round-00002.safetensors")
     with pytest.raises(CheckpointDamaged, match=r"(?s)round-00002.*round-00001"):
         load_checkpoint(tmp_path)
+
+
+def test_a_client_is_sent_what_is_addressed_to_it_and_its_update_is_checked_against_that() -> None:
+    seen: dict[str, int] = {}
+
+    def narrow(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        seen[task.client] = len(task.tensors["w"])
+        wrong = 1 if task.client == "b" else 0  # one value more than it was sent
+        return Update({"w": torch.ones(len(task.tensors["w"]) + wrong)}, 1.0), memory
+
+    def padded(updates: Iterable[Update], message: Tensors) -> Update:
+        rows = [torch.nn.functional.pad(update.delta["w"], (0, 3 - len(update.delta["w"]))) for update in updates]
+        return Update({"w": torch.stack(rows).sum(0)}, 1.0, len(rows))
+
+    widths = {"a": {"w": torch.zeros(1)}, "b": {"w": torch.zeros(2)}, "c": START}
+    server = replace(
+        fedavg.server_half(AggregationConfig()), addressed=lambda message, client: widths[client], combine=padded
+    )
+    records: list[RoundRecord] = []
+    state = run(1, narrow, server, hooks=Hooks(on_round=lambda record, _: records.append(record)))
+    assert seen == {"a": 1, "b": 2, "c": 3}
+    assert state["adapter/w"].tolist() == [2.0, 1.0, 1.0]
+    assert [failure.client for failure in records[0].failures] == ["b"]
+    assert "expected shape (2,), got (3,)" in records[0].failures[0].reason
+    assert records[0].bytes_down == sum(encoded_size(tensors) for tensors in widths.values())
+
+
+def test_a_cohort_that_may_be_empty_changes_nothing_when_it_is() -> None:
+    before = fedavg.server_half(AggregationConfig()).init(START)
+    records: list[RoundRecord] = []
+    hooks = Hooks(on_round=lambda record, _: records.append(record))
+    state = run(1, schedule=lambda number: Cohort((), 0, 0), hooks=hooks)
+    assert digest(state) == digest(before)
+    assert (records[0].clients, records[0].bytes_down, records[0].update_norm) == ({}, 0, 0.0)
+    with pytest.raises(RoundFailed, match="at least 1"):
+        run(1, schedule=lambda number: Cohort((), 1, 1))
+
+
+def test_one_sum_of_many_clients_counts_as_all_of_them() -> None:
+    """As secure aggregation has it: the loop sees no client's own update, and takes the sum for their mean."""
+
+    def summed(engine, tasks, cohort) -> Iterator[tuple[tuple[str, ...], Update | Failure]]:
+        replies = list(engine.run(tasks, cohort.wanted))
+        yield ("a",), Failure("a", "gone")
+        rest = weighted_mean(reply for reply in replies[1:] if isinstance(reply, Update))
+        yield ("b", "c"), rest
+
+    records: list[RoundRecord] = []
+    hooks = Hooks(on_round=lambda record, _: records.append(record))
+    state = run(1, collect=summed, hooks=hooks)
+    without_a = run(1, schedule=lambda number: Cohort(("b", "c"), 2, 2))
+    assert torch.equal(state["adapter/w"], without_a["adapter/w"])
+    assert list(records[0].clients) == ["b", "c"]
+    assert records[0].clients["b"].metrics == {}
+    assert records[0].clients["b"].weight == (WEIGHTS["b"] + WEIGHTS["c"]) / 2
+    assert records[0].bytes_up == 3 * encoded_size(START)
+    with pytest.raises(RoundFailed, match="at least 3"):
+        run(1, collect=summed, schedule=lambda number: Cohort(tuple(TARGETS), 3, 3))
+
+
+def test_a_transform_has_its_own_part_of_memory_and_of_the_message() -> None:
+    def half(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        assert list(task.tensors) == ["w"]
+        assert set(memory) <= {"own"}
+        return Update({"w": task.tensors["w"] + 1}, 1.0), {"own": torch.ones(1)}
+
+    def count(update: Update, task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        assert set(memory) <= {"count"}
+        step = task.tensors["counter/step"]
+        return update, {"count": memory.get("count", torch.zeros(())) + step}
+
+    whole = transformed(half, [Transform("counter", count, lambda update, expected: update)])
+    task = ClientTask(0, "a", "toy", {"w": torch.zeros(1), "counter/step": torch.tensor(2.0)}, 1, "")
+    memory: Memory = {}
+    for times in range(1, 4):
+        _, memory = whole(task, memory)
+        assert set(memory) == {"own", "counter/count"}
+        assert float(memory["counter/count"]) == 2.0 * times
+    assert transformed(half, []) is half
+
+
+def test_what_travels_is_checked_before_and_after_it_is_undone() -> None:
+    def halve(expected: Tensors) -> Tensors:
+        return {"w": torch.zeros(len(expected["w"]), dtype=torch.bfloat16)}
+
+    def back(update: Update, expected: Tensors) -> Update:
+        wide = update.delta["w"].float()
+        return replace(update, delta={"w": wide / 0 if float(wide[0]) == 7 else wide})
+
+    transform = Transform("half", lambda update, task, memory: (update, memory), back, halve)
+    sound = Update({"w": torch.ones(3, dtype=torch.bfloat16)}, 1.0)
+    assert restored(sound, [transform], START).delta["w"].dtype == torch.float32
+    with pytest.raises(UpdateRefused, match=r"expected torch\.bfloat16, got torch\.float32"):
+        restored(Update({"w": torch.ones(3)}, 1.0), [transform], START)
+    with pytest.raises(UpdateRefused, match="NaN or infinite"):
+        restored(Update({"w": torch.full((3,), 7.0, dtype=torch.bfloat16)}, 1.0), [transform], START)
