@@ -166,7 +166,7 @@ def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
                        st.lists(st.integers(0, 30), max_size=3), max_size=12))  # fmt: skip
 def test_the_size_of_a_message_is_known_without_building_it(shapes: dict[str, list[int]]) -> None:
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if name.isprintable()}
-    assert encoded_size(tensors) == len(save(tensors))
+    assert encoded_size(tensors) == len(encode_tensors(tensors))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ VARIANTS = {
         "local.momentum=0.5",
     ),
     "a cohort of the clients": ("scheduling.selection={kind: uniform, fraction: 0.5}", "rounds=3"),
+    "compressed, with what was held back": ("compression={format: int4, top_k: 0.3}", "rounds=3"),
+    "FedBiOT, compressed to bytes": (*FEDBIOT, "compression={format: int8, zstd: 3}"),
     "FedBiOT": FEDBIOT,
     "FedBiOT, packed, dropout, epochs": (
         *FEDBIOT,

@@ -44,7 +44,7 @@ from flocktune.protection import around_client, around_server, transforms_of
 from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import mismatches
-from flocktune.types import ClientTask, Tensors
+from flocktune.types import ClientTask, Expected, Tensors
 
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
@@ -72,7 +72,7 @@ class Assembly:
     emulated: Emulated | None = None
     transforms: Sequence[Transform] = ()
 
-    def travels(self, task: ClientTask) -> Tensors:
+    def travels(self, task: ClientTask) -> Expected:
         """Names and shapes of what comes back over the wire for ``task``."""
         return on_wire(self.transforms, self.server.returned(task.tensors))
 

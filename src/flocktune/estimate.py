@@ -16,14 +16,17 @@ from flocktune.allocation import allocate_clients
 from flocktune.assemble import check_context, given_adapter, scheduler, updates_a_round
 from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
+from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
 from flocktune.models.split import plan_split
+from flocktune.protection import transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
-from flocktune.types import Tensors
+from flocktune.types import AtMost, Tensors
+from flocktune.wire import encoded_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Estimate:
     """Costs of a run. Bytes are of float32 factors; memory is a rough upper figure, said to be an estimate.
+
+    With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it.
 
     ``memory_bytes`` is of one process that holds everything; ``client_memory_bytes`` of a client alone.
     """
@@ -47,6 +52,7 @@ class Estimate:
     adapter_bytes: int
     round_bytes_down: int
     round_bytes_up: int
+    up_at_most: bool
     steps_total: int
     tokens_total: int
     memory_bytes: int
@@ -89,9 +95,10 @@ def estimate(config: RunConfig) -> Estimate:
         attempt(lambda: check_context(config, data, skeleton))
     if config.lora.start_from is not None and counts is not None:
         attempt(lambda: given_adapter(config.lora, counts.trained))
+    transforms = attempt(lambda: transforms_of(config))
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    if counts is None or data is None or schedule is None:
+    if counts is None or data is None or schedule is None or transforms is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
     sizes = [len(rows) for rows in data.clients.values()]
     cohort = updates_a_round(config, schedule(0).wanted)
@@ -100,6 +107,8 @@ def estimate(config: RunConfig) -> Estimate:
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
     rows_per_step = config.local.batch_size * config.local.accumulate
     base, emulator = counts.base, counts.emulator
+    travels = on_wire(transforms, counts.trained)
+    up = encoded_size(travels) if transforms else 4 * trainable
     held = counts.held
     client_bytes = held.base_bytes + _training_bytes(
         config, trainable, counts.trained_layers, held.width, held.vocabulary
@@ -115,7 +124,8 @@ def estimate(config: RunConfig) -> Estimate:
         rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
         adapter_bytes=4 * trainable,
         round_bytes_down=4 * (trainable + frozen) * cohort,
-        round_bytes_up=4 * trainable * cohort,
+        round_bytes_up=up * cohort,
+        up_at_most=any(isinstance(value, AtMost) for value in travels.values()),
         steps_total=steps,
         tokens_total=int(steps * rows_per_step * mean_tokens),
         memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
@@ -197,7 +207,7 @@ def estimate_table(costs: Estimate) -> Table:
         "rows a client": f"{smallest:,} to {largest:,}, median {middle:,.0f}",
         "a round, down": f"{format_bytes(costs.round_bytes_down)} "
         f"({format_bytes(costs.round_bytes_down / costs.cohort)} a client)",
-        "a round, up": format_bytes(costs.round_bytes_up),
+        "a round, up": ("at most " if costs.up_at_most else "") + format_bytes(costs.round_bytes_up),
         "in all": f"{costs.steps_total:,} optimiser steps, about {costs.tokens_total:,} tokens",
         "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)",
     }

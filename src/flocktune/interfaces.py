@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from flocktune.types import ClientTask, Failure, Tensors, Update
+from flocktune.types import ClientTask, Expected, Failure, Tensors, Update
 
 State: TypeAlias = Tensors
 """A server's whole state, flat: ``group/name`` -> tensor. Scalars are 0-d tensors."""
@@ -60,13 +60,13 @@ class Transform:
     on_client: update, task, its memory -> update that travels, its new memory. Runs in the client's process.
     on_server: update that came, expected -> update. Runs in the server's, in reverse order of the list; raises
                UpdateRefused. ``expected`` has the names and shapes that the update had before ``on_client``.
-    on_wire:   expected before ``on_client`` -> expected after it
+    on_wire:   expected before ``on_client`` -> expected after it. Only the last of a list may give AtMost.
     """
 
     name: str
     on_client: Callable[[Update, ClientTask, Memory], tuple[Update, Memory]]
     on_server: Callable[[Update, Tensors], Update]
-    on_wire: Callable[[Tensors], Tensors] = lambda expected: expected
+    on_wire: Callable[[Tensors], Expected] = lambda expected: expected
 
 
 @dataclass(frozen=True)

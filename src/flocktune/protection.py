@@ -5,14 +5,17 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
-from flocktune.config.schema import RunConfig
+from flocktune.compression.transform import compression
+from flocktune.config.schema import FEDERATED, RunConfig
 from flocktune.engine.client import transformed
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
 
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
     """What updates go through on their way, in the order in which a client does it."""
-    return ()
+    if config.compression is None or config.method not in FEDERATED:
+        return ()
+    return (compression(config.compression),)
 
 
 def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:

@@ -143,6 +143,7 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         **({"staleness": record.diagnostics["staleness"]} if "staleness" in record.diagnostics else {}),
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
+        **({"bytes_plain": record.bytes_plain} if record.bytes_plain else {}),
         "tokens": told["tokens"].total,
         "seconds": seconds,
     }

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from flocktune.types import Tensors
+from flocktune.types import AtMost, Expected, Tensors
 
 
 def subtract(left: Tensors, right: Tensors) -> dict[str, Tensor]:
@@ -55,13 +55,16 @@ def digest(tensors: Tensors) -> str:
     return sha.hexdigest()
 
 
-def mismatches(expected: Tensors, got: Tensors) -> list[str]:
+def mismatches(expected: Expected, got: Tensors) -> list[str]:
     """Every reason why ``got`` can not stand for ``expected``: names, shapes, dtypes, NaN or inf."""
     problems = [f"{name}: missing" for name in expected.keys() - got.keys()]
     problems += [f"{name}: not expected" for name in got.keys() - expected.keys()]
     for name in expected.keys() & got.keys():
         want, have = expected[name], got[name]
-        if want.shape != have.shape:
+        if isinstance(want, AtMost):
+            if have.dtype != torch.uint8 or have.dim() != 1 or len(have) > want.count:
+                problems.append(f"{name}: expected at most {want.count} bytes, got {tuple(have.shape)} {have.dtype}")
+        elif want.shape != have.shape:
             problems.append(f"{name}: expected shape {tuple(want.shape)}, got {tuple(have.shape)}")
         elif want.dtype != have.dtype:
             problems.append(f"{name}: expected {want.dtype}, got {have.dtype}")

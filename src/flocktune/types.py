@@ -15,6 +15,17 @@ Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True)
+class AtMost:
+    """In what is expected of a message: bytes in one dimension, whose number is known only when they come."""
+
+    count: int
+
+
+Expected: TypeAlias = "Mapping[str, Tensor | AtMost]"
+"""What must come: names with shapes and dtypes (values do not matter), or with the most bytes."""
+
+
+@dataclass(frozen=True)
 class Mean:
     """A mean that can be merged: ``total / count``. Every metric is one.
 

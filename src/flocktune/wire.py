@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from flocktune.errors import UpdateRefused
-from flocktune.types import ClientTask, Mean, Tensors, Update
+from flocktune.types import AtMost, ClientTask, Expected, Mean, Tensors, Update
 
 FORMAT = "flocktune/1"
 
@@ -26,15 +27,15 @@ MOST_METRICS, LONGEST_METRIC_NAME = 64, 100
 """Of an update: how many metrics, and the characters of a name."""
 
 _DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
 }
-"""How a header calls them."""
+"""How a header calls them, in safetensors' own order: a file has the last of them first."""
 
 _NOT_OURS = (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 """What reading a stranger's bytes raises."""
@@ -88,7 +89,7 @@ def encode_tensors(tensors: Tensors) -> bytes:
 
 
 def decode_tensors(
-    blob: bytes, expected: Tensors | None = None, more: Mapping[str, Sequence[int | None]] | None = None
+    blob: bytes, expected: Expected | None = None, more: Mapping[str, Sequence[int | None]] | None = None
 ) -> Tensors:
     """The tensors that :func:`encode_tensors` was given.
 
@@ -139,20 +140,24 @@ def _fits(entry: Mapping[str, Any], shape: Sequence[int | None]) -> bool:
     return entry["dtype"] == "F32" and sizes
 
 
-def _longest_header(expected: Tensors) -> int:
+def _longest_header(expected: Expected) -> int:
     """Bytes that a header for ``expected`` may have. A longer one is not parsed: that takes many times its size."""
     return 2 * _layout(expected)[0] + 65_536
 
 
-def _refuse_header(header: Mapping[str, Any], expected: Tensors) -> None:
+def _refuse_header(header: Mapping[str, Any], expected: Expected) -> None:
     """Raise UpdateRefused unless the header's entries are those of ``expected``; safetensors checks sizes by itself."""
     problems = [f"{name}: missing" for name in expected.keys() - header.keys()]
     problems += [f"{name[:200]}: not expected" for name in header.keys() - expected.keys()]
     for name in expected.keys() & header.keys():
-        want, have = [_DTYPES.get(expected[name].dtype), list(expected[name].shape)], header[name]
-        if [have["dtype"], have["shape"]] != want:
+        want, have = expected[name], header[name]
+        dtype, shape, _ = _described(want)
+        if isinstance(want, AtMost) and have["dtype"] == dtype and _fits_in(have["shape"], want.count):
+            continue
+        if isinstance(want, AtMost) or [have["dtype"], have["shape"]] != [dtype, shape]:
             got = json.dumps([have["dtype"], have["shape"]])[:200]
-            problems.append(f"{name}: expected {json.dumps(want)}, got {got}")
+            atmost = "at most " if isinstance(want, AtMost) else ""
+            problems.append(f"{name}: expected {atmost}{json.dumps([dtype, shape])}, got {got}")
     if problems:
         shown = "; ".join(sorted(problems)[:8])
         raise UpdateRefused(
@@ -160,24 +165,37 @@ def _refuse_header(header: Mapping[str, Any], expected: Tensors) -> None:
         )
 
 
-def encoded_size(tensors: Tensors) -> int:
-    """Bytes of a message's tensors on the wire: safetensors' header and body, without building the body.
+def _fits_in(shape: Any, most: int) -> bool:
+    return isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and 0 <= shape[0] <= most
+
+
+def encoded_size(tensors: Expected) -> int:
+    """Bytes of :func:`encode_tensors`, without building them; with AtMost, the most that there may be.
 
     The JSON fields of a message (some hundred bytes) are not in it.
     """
     return sum(_layout(tensors))
 
 
-def _layout(tensors: Tensors) -> tuple[int, int]:
+def _layout(tensors: Expected) -> tuple[int, int]:
     """Bytes of safetensors' header, with what precedes it, and of the body."""
-    header, offset = {}, 0
-    # safetensors' own order: larger items first, then by name; it decides how many digits the offsets have.
-    for name, value in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        end = offset + value.numel() * value.element_size()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, end]}
-        offset = end
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
+    offset, described = 0, {name: _described(value) for name, value in tensors.items()}
+    # safetensors' own order, then by name; it decides how many digits the offsets have.
+    rank = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
+    for name in sorted(described, key=lambda name: (-rank.get(described[name][0], 0), name)):
+        dtype, shape, size = described[name]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + (text + 7) // 8 * 8, offset
+
+
+def _described(value: Tensor | AtMost) -> tuple[str, list[int], int]:
+    """As a header has it, at most: dtype, shape, bytes."""
+    if isinstance(value, AtMost):
+        return _DTYPES[torch.uint8], [value.count], value.count
+    return _DTYPES.get(value.dtype, str(value.dtype)), list(value.shape), value.numel() * value.element_size()
 
 
 def _build(message: type, fields: Mapping[str, Any], **more: Any) -> Any:

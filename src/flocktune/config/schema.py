@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 
+from flocktune.config.compression import CompressionConfig
 from flocktune.config.engines import Engine, InProcessEngine
 from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
 
@@ -413,6 +414,7 @@ class RunConfig:
     """A whole recipe. ``name`` is also that of the run's folder.
 
     ``emulator`` and ``alignment`` are of method ``fedbiot``, which fills them with their defaults; others ignore them.
+    ``compression``: null sends updates in float32; methods in which clients do not learn together ignore it.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -428,6 +430,7 @@ class RunConfig:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     emulator: EmulatorConfig | None = None
     alignment: AlignmentConfig | None = None
+    compression: CompressionConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -222,7 +222,7 @@ class _Intake:
         self.replied: list[str] = []
         self.failures: list[Failure] = []
         self.kept: list[Update] = []
-        self.staleness = self.bytes_up = 0
+        self.staleness = self.bytes_up = self.bytes_plain = 0
         self.waiting_s = 0.0
 
     def usable(self, replies: Iterator[tuple[ClientTask, Update | Failure]]) -> Iterator[Update]:
@@ -257,9 +257,11 @@ class _Intake:
 
     def _checked(self, task: ClientTask, update: Update) -> Update | Failure:
         try:
-            return restored(update, self.transforms, self.server.returned(task.tensors))
+            update = restored(update, self.transforms, self.server.returned(task.tensors))
         except UpdateRefused as refusal:
             return Failure(task.client, str(refusal))
+        self.bytes_plain += encoded_size(update.delta) if self.transforms else 0
+        return update
 
     def _weighed(self, client: str, update: Update, staleness: int) -> Update | Failure:
         """The update as it counts at its age. Its record keeps the weight that the client gave."""

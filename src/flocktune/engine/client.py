@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from flocktune.errors import FlocktuneError, UpdateRefused
 from flocktune.interfaces import ClientHalf, Memory, Transform
 from flocktune.tensors import group, mismatches, prefixed
-from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
+from flocktune.types import ClientTask, Expected, Failure, Mean, Tensors, Update
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,18 +42,22 @@ def transformed(half: ClientHalf, transforms: Sequence[Transform]) -> ClientHalf
     return train
 
 
-def on_wire(transforms: Sequence[Transform], expected: Tensors) -> Tensors:
+def on_wire(transforms: Sequence[Transform], expected: Tensors) -> Expected:
     """Names and shapes of what travels for an update of ``expected``."""
+    return _stages(transforms, expected)[-1]
+
+
+def _stages(transforms: Sequence[Transform], expected: Tensors) -> list[Any]:
+    """What is expected before the first transform, after it, and so on: Tensors, and of the last one Expected."""
+    stages: list[Any] = [expected]
     for transform in transforms:
-        expected = transform.on_wire(expected)
-    return expected
+        stages.append(transform.on_wire(stages[-1]))
+    return stages
 
 
 def restored(update: Update, transforms: Sequence[Transform], expected: Tensors) -> Update:
     """The update of ``expected`` names and shapes that came through ``transforms``. Raises UpdateRefused."""
-    stages = [expected]
-    for transform in transforms:
-        stages.append(transform.on_wire(stages[-1]))
+    stages = _stages(transforms, expected)
     check_update(stages.pop(), update)
     for transform in reversed(transforms):
         update = transform.on_server(update, stages.pop())
@@ -61,7 +66,7 @@ def restored(update: Update, transforms: Sequence[Transform], expected: Tensors)
     return update
 
 
-def check_update(expected: Tensors, update: Update) -> None:
+def check_update(expected: Expected, update: Update) -> None:
     """Refuse an update that must not touch the state: every problem in one UpdateRefused.
 
     ``expected`` says which names, shapes and dtypes a delta has; it must be finite, with a positive finite weight.

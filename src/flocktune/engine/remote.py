@@ -23,8 +23,8 @@ from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UP
 from flocktune.errors import UpdateRefused
 from flocktune.files import sha256_bytes
 from flocktune.interfaces import Issued, Memory
-from flocktune.types import ClientTask, Failure, Tensors, Update
-from flocktune.wire import build_update, decode_tensors, encode_tensors, task_fields
+from flocktune.types import ClientTask, Expected, Failure, Tensors, Update
+from flocktune.wire import build_update, decode_tensors, encode_tensors, encoded_size, task_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Federated:
 
     run: str
     recipe: Mapping[str, Any]
-    returned: Callable[[ClientTask], Tensors]
+    returned: Callable[[ClientTask], Expected]
     emulator: Callable[[], Tensors] | None = None
     emulator_bytes: int = 0
 
@@ -134,7 +134,7 @@ class _Open:
     nonce: str = ""
     asked: str = ""
     sent: int = 0
-    task_bytes: int = 0
+    reply_bytes: int = 0
     emulator_sent: bool = False
     delivering: bool = False
 
@@ -206,7 +206,7 @@ class _Exchange:
         if item.delivering:
             return Parcel(EMULATOR, {**named, "digest": task.model_digest}, emulator())
         blob, digest = self._encoded(task.tensors)
-        item.task_bytes = len(blob)
+        item.reply_bytes = max(len(blob), encoded_size(common.returned(task)))
         return Parcel(TASK, {**named, "task": task_fields(task), "recipe": common.recipe}, blob, digest)
 
     def _encoded_emulator(self) -> bytes:
@@ -227,7 +227,7 @@ class _Exchange:
         asked = {client: item.asked for client, item in self.open.items() if item.asked}
         if not asked:
             return
-        largest = max(self.open[client].task_bytes for client in asked)
+        largest = max(self.open[client].reply_bytes for client in asked)
         for client, reply in self.remote.link.receive(asked, largest + FIELDS_ROOM):
             item = self.open.get(client)
             if item is None or not item.asked:
@@ -264,7 +264,7 @@ class _Exchange:
             case other:
                 raise UpdateRefused(f"expected {UPDATE}, {FAILURE}, {LACKING} or {READY}, got {other[:60]!r}")
 
-    def _keep(self, client: str, reply: Parcel, expected: Tensors, spool: bool) -> None:
+    def _keep(self, client: str, reply: Parcel, expected: Expected, spool: bool) -> None:
         """Settle with an update, in memory when it is next in order, else on disk until its turn.
 
         It is checked here as well: one that the loop would leave out must not count among those that a round wants.

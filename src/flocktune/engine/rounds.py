@@ -35,7 +35,10 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round. ``seconds`` is split by activity; bytes are those of encoded messages."""
+    """What happened in one round. ``seconds`` is split by activity; bytes are those of encoded messages.
+
+    ``bytes_plain``: of the usable updates when their transforms were undone; 0 where there are no transforms.
+    """
 
     round: int
     selected: tuple[str, ...]
@@ -47,6 +50,7 @@ class RoundRecord:
     bytes_up: int
     seconds: Mapping[str, float]
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    bytes_plain: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Taken(Protocol):
     failures: list[Failure]
     kept: list[Update]
     bytes_up: int
+    bytes_plain: int
     waiting_s: float
 
 
@@ -185,6 +190,7 @@ def finish_round(
         bytes_up=intake.bytes_up,
         seconds=seconds,
         diagnostics=diagnostics,
+        bytes_plain=intake.bytes_plain,
     )
     return state, record
 
@@ -224,7 +230,7 @@ class _Intake:
         self.clients: dict[str, ClientRecord] = {}
         self.failures: list[Failure] = []
         self.kept: list[Update] = []
-        self.answered = self.bytes_up = 0
+        self.answered = self.bytes_up = self.bytes_plain = 0
         self.waiting_s = 0.0
 
     def usable(self, replies: Iterator[tuple[tuple[str, ...], Update | Failure]]) -> Iterator[Update]:
@@ -254,6 +260,8 @@ class _Intake:
     def _checked(self, clients: tuple[str, ...], update: Update) -> Update | Failure:
         expected = self.server.returned(self.server.addressed(self.message, clients[0]))
         try:
-            return restored(update, self.transforms, expected)
+            update = restored(update, self.transforms, expected)
         except UpdateRefused as refusal:
             return Failure(", ".join(clients), str(refusal))
+        self.bytes_plain += encoded_size(update.delta) if self.transforms else 0
+        return update

@@ -118,8 +118,10 @@ def travel(experiment: Experiment) -> str:
     sent, received = (sum(number(event.get(name)) or 0 for event in rounds) for name in ("bytes_up", "bytes_down"))
     if not (answers and sent):
         return ""
+    plain = sum(number(event.get("bytes_plain")) or 0 for event in rounds)
+    share = f" ({100 * sent / plain:.1f} % of their size in float32)" if sent < 0.99 * plain else ""
     return (
-        f"{answers} updates of {format_bytes(sent / answers)} came back for {asked} messages of "
+        f"{answers} updates of {format_bytes(sent / answers)}{share} came back for {asked} messages of "
         f"{format_bytes(received / max(1, asked))}."
     )
 
