@@ -1,6 +1,6 @@
 """Values of one tensor, flat [N] in float32, as fewer bytes, and back. Deterministic: nearest, ties to even.
 
-Nearest instead of stochastic rounding: its error has half the variance, and its bias is what error feedback sends later.
+Nearest instead of stochastic rounding: half the variance of error, and a bias that error feedback sends later.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Which features of a recipe go together. One table: ``check`` refuses by it, and docs/capabilities.md shows it.
 
-A feature is something that a recipe asks for; a pair that is not in :data:`REFUSED` works.
+A feature is something that a recipe asks for; a pair that is not in :data:`REFUSED` works. After a change:
+
+    python -m flocktune.config.capabilities > docs/capabilities.md
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,32 +18,77 @@ from flocktune.errors import Problem
 
 @dataclass(frozen=True)
 class Feature:
-    """``setting``: the key of a recipe that asks for it. ``used``: whether a recipe does."""
+    """``setting``: the key of a recipe that asks for it. ``used``: whether a recipe does.
+
+    ``example``: overrides by which a recipe of nothing but defaults does.
+    """
 
     title: str
     setting: str
     used: Callable[[RunConfig], bool]
+    example: tuple[str, ...] = ()
 
 
 FEATURES: Mapping[str, Feature] = {
-    "baseline": Feature("base, local, centralised", "method", lambda config: config.method not in FEDERATED),
-    "fedbiot": Feature("FedBiOT", "method", lambda config: config.method == "fedbiot"),
+    "baseline": Feature(
+        "base, local, centralised", "method", lambda config: config.method not in FEDERATED, ("method=centralised",)
+    ),
+    "fedbiot": Feature("FedBiOT", "method", lambda config: config.method == "fedbiot", ("method=fedbiot",)),
     "buffered": Feature(
         "buffered rounds",
         "scheduling.buffered",
         lambda config: config.scheduling.buffered is not None and config.method in FEDERATED,
+        ("scheduling.buffered={size: 2, concurrency: 3}",),
+    ),
+    "compression": Feature(
+        "compressed updates",
+        "compression",
+        lambda config: config.compression is not None and config.method in FEDERATED,
+        ("compression={format: int8}",),
     ),
 }
 """Every feature that does not go with some other, by a short name."""
 
 REFUSED: Mapping[tuple[str, str], str] = {}
-"""Two features -> why they can not go together. Order as in :data:`FEATURES`."""
+"""Two features, in any order -> why they can not go together."""
+
+
+def reason(one: str, other: str) -> str | None:
+    """Why two features can not go together; None when they do."""
+    return REFUSED.get((one, other)) or REFUSED.get((other, one))
 
 
 def refused(config: RunConfig) -> Iterator[Problem]:
     """A problem for each pair of features that this recipe asks for and that can not go together."""
     used = [name for name, feature in FEATURES.items() if feature.used(config)]
     for one, other in combinations(used, 2):
-        if reason := REFUSED.get((one, other)):
+        if why := reason(one, other):
             expected = f"nothing that does not go with {FEATURES[one].title} ({FEATURES[one].setting})"
-            yield Problem(FEATURES[other].setting, expected, FEATURES[other].title, reason)
+            yield Problem(FEATURES[other].setting, expected, FEATURES[other].title, why)
+
+
+def document() -> str:
+    """docs/capabilities.md."""
+    lines = [
+        "# What goes together",
+        "",
+        "Made from `src/flocktune/config/capabilities.py`, the table by which `flocktune check` refuses a recipe.",
+        "What is not refused here works. Two choices of one setting exclude each other, and are not listed.",
+        "",
+        "| feature | a recipe asks for it by | does not go with |",
+        "|---|---|---|",
+    ]
+    for name, feature in FEATURES.items():
+        against = ", ".join(other.title for key, other in FEATURES.items() if reason(name, key)) or "–"
+        asked = "<br>".join(f"`{override}`" for override in feature.example) or f"`{feature.setting}`"
+        lines.append(f"| {feature.title} | {asked} | {against} |")
+    if REFUSED:
+        lines += ["", "## Why not", ""]
+    for one, other in combinations(FEATURES, 2):
+        if why := reason(one, other):
+            lines.append(f"- **{FEATURES[one].title}** with **{FEATURES[other].title}**: {why}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())
