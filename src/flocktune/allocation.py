@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,21 @@ from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.errors import Problem, UserError
 from flocktune.resident import Instructions, load_instructions
+from flocktune.seeds import derive_seed
 
 
 @dataclass(frozen=True, eq=False)
 class ClientRows:
-    """Client data allocation, done: who holds which rows of ``train``, and what is held out."""
+    """Client data allocation, done: who holds which rows of ``train``, and what is held out.
+
+    ``own_test``: rows of ``train`` that are a client's too, on which it does not train but is evaluated.
+    """
 
     train: Instructions
     test: Instructions
     clients: Mapping[str, NDArray[np.int64]]
     unassigned: int
+    own_test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
@@ -75,7 +80,25 @@ def allocate_clients(config: RunConfig) -> ClientRows:
         seed=config.seed,
     )
     clients = {name: rows[part] for name, part in partition.clients.items()}
-    return ClientRows(train, test, clients, len(partition.unassigned))
+    clients, own_test = hold_out_own(clients, config.evaluation.client_rows, config.seed)
+    return ClientRows(train, test, clients, len(partition.unassigned), own_test)
+
+
+def hold_out_own(
+    clients: Mapping[str, NDArray[np.int64]], count: int, seed: int
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]]]:
+    """(rows to train on, rows held out) of each client, ascending: ``count`` held out, but one at least is trained on.
+
+    A client that has one row alone is not among those that are evaluated. What is drawn of one client does not depend
+    on the others.
+    """
+    kept, held = dict(clients), {}
+    for name, rows in clients.items():
+        wanted = min(count, len(rows) - 1)
+        if wanted > 0:
+            order = np.random.default_rng(derive_seed(seed, "own_test", name)).permutation(rows)
+            held[name], kept[name] = np.sort(order[:wanted]), np.sort(order[wanted:])
+    return kept, held
 
 
 def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:

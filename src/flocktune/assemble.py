@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flocktune.algorithms import fedavg, fedbiot
+from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
-from flocktune.algorithms.local import steps_per_round
+from flocktune.algorithms.local import ClientData, steps_per_round
+from flocktune.algorithms.personal import with_ditto, with_fine_tuning
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
+from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
-from flocktune.config.schema import Availability, LoraConfig, Named, RunConfig
+from flocktune.config.personal import Ditto, FineTune
+from flocktune.config.schema import Availability, LocalConfig, LoraConfig, Named, RunConfig
 from flocktune.data.batching import packing_leak
 from flocktune.emulation import (
     Emulated,
@@ -43,7 +47,8 @@ from flocktune.models.peft_io import import_peft
 from flocktune.protection import around_client, around_server, transforms_of
 from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
-from flocktune.tensors import mismatches
+from flocktune.tensors import group, mismatches
+from flocktune.training import Adjust, Penalty
 from flocktune.types import ClientTask, Expected, Tensors
 
 EVERYONE = "everyone"
@@ -98,6 +103,10 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
     rounds = 0 if config.method == "base" else config.rounds
     clients = client_data(config, base.pad_id, data)
     identity = identity_of(config, data)
+    client = around_client(config, adapter_client(config, base.adapter, clients, local, rounds=rounds))
+    personal = personal_of(config)
+    if isinstance(personal, FineTune):  # around all: what it makes does not travel
+        client = with_fine_tuning(client, personal, base.adapter, clients, local)
     return Assembly(
         config,
         base,
@@ -105,10 +114,8 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
         rounds,
         fedavg.KIND,
         starting_adapter(config, base.adapter),
-        around_server(config, fedavg.server_half(config.aggregation)),
-        around_client(
-            config, fedavg.client_half(base.adapter, clients, local, config.aggregation.weights, rounds=rounds)
-        ),
+        around_server(config, corrected(config, fedavg.server_half(config.aggregation), clients, data)),
+        client,
         scheduler(config, data.clients),
         identity["model"],
         identity,
@@ -124,6 +131,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
     refuse_leaks(config, emulated.base)
     public = public_data(config, base, data.test)
     digest = emulated.bundle.digest
+    server = fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
     return Assembly(
         config,
         base,
@@ -131,9 +139,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
         config.rounds,
         fedbiot.KIND,
         starting_emulator(config, pair),
-        around_server(
-            config, fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
-        ),
+        around_server(config, corrected(config, server, client_data(config, emulated.base.pad_id, data), data)),
         around_client(config, emulator_client(config, emulated, data)),
         scheduler(config, data.clients),
         digest,
@@ -143,18 +149,55 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
     )
 
 
+def adapter_client(
+    config: RunConfig, adapter: Adapter, data: Callable[[str], ClientData], local: LocalConfig, *, rounds: int
+) -> ClientHalf:
+    """A client's side of every method whose clients hold the base model, without what the recipe puts around it."""
+
+    def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
+        weights = config.aggregation.weights
+        return fedavg.client_half(adapter, data, local, weights, rounds=rounds, penalty=penalty, adjust=adjust)
+
+    half, personal = drift.corrected_client(correction_of(config), make), personal_of(config)
+    if isinstance(personal, Ditto):
+        half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
+    return half
+
+
 def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> ClientHalf:
     """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
-    return fedbiot.client_half(
-        emulated.base.adapter,
-        emulated.bundle.plan,
-        emulated.bundle.digest,
-        client_data(config, emulated.base.pad_id, data),
-        config.local,
-        emulator_settings(config),
-        config.aggregation.weights,
-        rounds=config.rounds,
-    )
+
+    def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
+        return fedbiot.client_half(
+            emulated.base.adapter,
+            emulated.bundle.plan,
+            emulated.bundle.digest,
+            client_data(config, emulated.base.pad_id, data),
+            config.local,
+            emulator_settings(config),
+            config.aggregation.weights,
+            rounds=config.rounds,
+            penalty=penalty,
+            adjust=adjust,
+        )
+
+    return drift.corrected_client(correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER))
+
+
+def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientData], rows: ClientRows) -> ServerHalf:
+    """The server's side of the method, with that of the correction of drift that the recipe asks for."""
+    correction = correction_of(config)
+    if correction is None:
+        return half
+    selection = config.scheduling.selection
+    able = selection.clients if isinstance(selection, Named) else tuple(rows.clients)
+    clients = [data(client) for client in able]
+    weights = {
+        "examples": sum(client.examples for client in clients),
+        "tokens": sum(client.tokens for client in clients),
+        "equal": len(clients),
+    }
+    return drift.corrected_server(correction, half, float(weights[config.aggregation.weights]))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
 from flocktune.allocation import allocate_clients
 from flocktune.assemble import check_context, given_adapter, scheduler, updates_a_round
+from flocktune.config.capabilities import correction_of
+from flocktune.config.drift import Scaffold
 from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
@@ -105,6 +107,7 @@ def estimate(config: RunConfig) -> Estimate:
     trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
+    travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
     rows_per_step = config.local.batch_size * config.local.accumulate
     base, emulator = counts.base, counts.emulator
     travels = on_wire(transforms, counts.trained)
@@ -123,8 +126,8 @@ def estimate(config: RunConfig) -> Estimate:
         untrainable_rows=len(data.train.report.untrainable),
         rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
         adapter_bytes=4 * trainable,
-        round_bytes_down=4 * (trainable + frozen) * cohort,
-        round_bytes_up=up * cohort,
+        round_bytes_down=4 * (travelling * trainable + frozen) * cohort,
+        round_bytes_up=travelling * up * cohort,
         up_at_most=any(isinstance(value, AtMost) for value in travels.values()),
         steps_total=steps,
         tokens_total=int(steps * rows_per_step * mean_tokens),

@@ -17,7 +17,7 @@ import torch
 
 from flocktune.algorithms import fedavg, fedbiot
 from flocktune.allocation import ClientRows, check_rows, client_data
-from flocktune.assemble import Assembly, emulator_client, federation, refuse_leaks
+from flocktune.assemble import Assembly, adapter_client, emulator_client, federation, refuse_leaks
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
@@ -57,6 +57,15 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     if config.compare != CompareConfig():
         fix = "Baselines need all rows in one place. Run them where they may be: flocktune run"
         problems.append(Problem("compare", "no baselines in a federation", "some", fix))
+    if config.local.correction is not None:
+        fix = "An update that is lost on its way leaves what its owner keeps ahead of the server: local.correction=null"
+        problems.append(Problem("local.correction", "none in a federation", config.local.correction.kind, fix))
+    if config.personal is not None:
+        fix = "Owners have no way yet to their own adapter: personal=null"
+        problems.append(Problem("personal", "none in a federation", config.personal.kind, fix))
+    if config.evaluation.client_rows:
+        fix = "Owners' rows are not here to be evaluated on: evaluation.client_rows=0"
+        problems.append(Problem("evaluation.client_rows", "0 in a federation", str(config.evaluation.client_rows), fix))
     if not clients:
         fix = "Enrol owners: flocktune federation enrol"
         problems.append(Problem("federation", "at least one enrolled client", "none", fix))
@@ -109,7 +118,7 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
     if emulator is None:
         base = load_base(own.model, own.lora, own.runtime.device)
         batches = client_data(own, base.pad_id, mine)
-        half = fedavg.client_half(base.adapter, batches, own.local, own.aggregation.weights, rounds=own.rounds)
+        half = adapter_client(own, base.adapter, batches, own.local, rounds=own.rounds)
         server = fedavg.server_half(own.aggregation)
     else:
         emulated = load_emulator(own, emulator)

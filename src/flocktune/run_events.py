@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flocktune.algorithms.drift import methods_own
 from flocktune.assemble import Assembly
 from flocktune.costs import client_cost
 from flocktune.engine.rounds import RoundRecord
@@ -52,8 +53,8 @@ def describe_emulator(bundle: Bundle) -> dict[str, Any]:
 
 
 def _trained(fed: Assembly) -> Tensors:
-    """What clients train: the names of an update."""
-    return fed.server.returned(fed.server.message(fed.server.init(fed.start), 0))
+    """What clients train: the names of an update, but for what corrects it."""
+    return methods_own(fed.server.returned(fed.server.message(fed.server.init(fed.start), 0)))
 
 
 def summarise(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flocktune.algorithms import fedavg, fedbiot
+from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.assemble import Assembly, engine_of, federation
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.schema import FEDERATED
@@ -25,6 +25,7 @@ from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import Engine, State
+from flocktune.per_client import evaluations, fine_tune, keep_own
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.resident import Base
 from flocktune.run_events import round_event, start_event, summarise
@@ -152,7 +153,7 @@ class _Run:
                 on_reply=self._on_reply,
                 on_round=self._on_round,
                 should_stop=stop.is_set,
-                diagnose=fedavg.diagnose,
+                diagnose=drift.diagnosed(fedavg.diagnose),
                 diagnose_clients=config.aggregation.diagnose_clients,
             ),
         )
@@ -184,6 +185,7 @@ class _Run:
         every = config.evaluation.every
         if every and done % every == 0 and done < self.fed.rounds:
             self._evaluate(state, done, config.evaluation.max_rows)
+            self._evaluate_clients(self.fed.server.result(state), done)
         started = time.perf_counter()
         kept_every = config.checkpoint.keep_adapters_every
         if kept_every and done % kept_every == 0:  # before the checkpoint: a resume does not come back to this round
@@ -212,6 +214,14 @@ class _Run:
             self._emit({"event": "evaluation", "round": rounds_done, **numbers})
         return results
 
+    def _evaluate_clients(self, result: Tensors, rounds_done: int) -> dict[str, Any]:
+        """Client by client, on its own held-out rows."""
+        found = {}
+        for name, numbers in evaluations(self.fed, result, self.engine.memories):
+            self._emit({"event": "evaluation", "round": rounds_done, "dataset": name, **numbers})
+            found[name] = {"overall": numbers["overall"], "categories": {}}
+        return found
+
     def _export(self, adapter: Tensors, folder: Path) -> None:
         write_adapter(folder, adapter, self.fed.config, self.fed.base.model)
 
@@ -223,12 +233,18 @@ class _Run:
             write_atomic(self.folder / "answers.jsonl", "".join(lines))
         adapter = fed.server.result(state)
         self._export(adapter, self.folder / "adapter")
+        fine_tune(fed, self.engine, adapter)
+        by_client = self._evaluate_clients(adapter, fed.rounds)
+        own = keep_own(fed, self.engine.memories, self.folder / "personal")
         if fed.emulated:
             whole, model = fedbiot.emulator_result(state), fed.emulated.base.model
             write_adapter(
                 self.folder / "emulator_adapter", whole, fed.config, model, str((self.folder / "emulator").resolve())
             )
         summary = summarise(fed, adapter, results, read_events(self.log.path))
+        summary["metrics"] |= by_client
+        if own:
+            summary["clients_with_own_adapter"] = own
         self._emit({"event": "run_end", "summary": summary})
         write_json(self.folder / "summary.json", summary)
         return summary

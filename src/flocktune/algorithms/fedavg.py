@@ -20,6 +20,7 @@ from flocktune.config.schema import AggregationConfig, LocalConfig
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
 from flocktune.models.lora import Adapter, pairs
 from flocktune.tensors import add_scaled, group, prefixed
+from flocktune.training import Adjust, Penalty
 from flocktune.types import ClientTask, Tensors, Update
 
 KIND = "fedavg"
@@ -52,6 +53,8 @@ def client_half(
     weights: str,
     *,
     rounds: int,
+    penalty: Penalty | None = None,
+    adjust: Adjust | None = None,
 ) -> ClientHalf:
     """Local training of ``adapter`` (attached to a resident base model) on the client's own data.
 
@@ -61,7 +64,10 @@ def client_half(
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
         adapter.load(task.tensors)
         mine = data(task.client)
-        return train_locally(adapter, task.tensors, task, mine, local, weights, rounds=rounds), memory
+        update = train_locally(
+            adapter, task.tensors, task, mine, local, weights, rounds=rounds, penalty=penalty, adjust=adjust
+        )
+        return update, memory
 
     return train
 

@@ -35,7 +35,7 @@ from flocktune.models.lora import Adapter
 from flocktune.models.split import SplitPlan
 from flocktune.seeds import derive_seed
 from flocktune.tensors import add_scaled, group, prefixed
-from flocktune.training import NotFinite, fit
+from flocktune.training import Adjust, NotFinite, Penalty, fit
 from flocktune.types import ClientTask, Tensors, Update
 
 KIND = "fedbiot"
@@ -137,6 +137,8 @@ def client_half(
     weights: str,
     *,
     rounds: int,
+    penalty: Penalty | None = None,
+    adjust: Adjust | None = None,
 ) -> ClientHalf:
     """Local training of the adapter on the emulator that ``emulator`` is attached to; ``digest`` is its bundle's.
 
@@ -152,7 +154,11 @@ def client_half(
         rows_seen = local.steps * local.accumulate * local.batch_size if local.steps else 0
         again = rows_seen > mine.examples if local.steps else (local.epochs or 0) > 1
         prefix = PrefixCache(emulator.model, plan.stack, plan.frozen, settings, keep=again)
-        return train_locally(emulator, adapter, task, mine, local, weights, rounds=rounds, loss=prefix.loss), memory
+        update = train_locally(
+            emulator, adapter, task, mine, local, weights,
+            rounds=rounds, loss=prefix.loss, penalty=penalty, adjust=adjust,
+        )  # fmt: skip
+        return update, memory
 
     return train
 

@@ -12,8 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from flocktune.config.schema import FEDERATED, RunConfig
+from flocktune.config.drift import Correction, FedDyn, Scaffold
+from flocktune.config.personal import Ditto, FineTune, Personal
+from flocktune.config.schema import FEDERATED, RunConfig, ServerSgd
 from flocktune.errors import Problem
+
+
+def correction_of(config: RunConfig) -> Correction | None:
+    """The correction of drift that takes place: none in a baseline."""
+    return config.local.correction if config.method in FEDERATED else None
+
+
+def personal_of(config: RunConfig) -> Personal | None:
+    """The personalisation that takes place: none in a baseline."""
+    return config.personal if config.method in FEDERATED else None
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,57 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: config.compression is not None and config.method in FEDERATED,
         ("compression={format: int8}",),
     ),
+    "server_optimizer": Feature(
+        "a server optimiser",
+        "aggregation.server_optimizer",
+        lambda config: config.aggregation.server_optimizer != ServerSgd(),
+        ("aggregation.server_optimizer={kind: adam}",),
+    ),
+    "forgetful": Feature(
+        "lossy updates without error feedback",
+        "compression.error_feedback",
+        lambda config: (
+            config.compression is not None and config.compression.lossy and not config.compression.error_feedback
+        ),
+        ("compression={format: int8, error_feedback: false}",),
+    ),
+    "scaffold": Feature(
+        "SCAFFOLD",
+        "local.correction",
+        lambda config: isinstance(correction_of(config), Scaffold),
+        ("local.correction={kind: scaffold}",),
+    ),
+    "feddyn": Feature(
+        "FedDyn",
+        "local.correction",
+        lambda config: isinstance(correction_of(config), FedDyn),
+        ("local.correction={kind: feddyn}",),
+    ),
+    "ditto": Feature(
+        "Ditto", "personal", lambda config: isinstance(personal_of(config), Ditto), ("personal={kind: ditto}",)
+    ),
+    "fine_tune": Feature(
+        "personal fine-tuning",
+        "personal",
+        lambda config: isinstance(personal_of(config), FineTune),
+        ("personal={kind: fine_tune}",),
+    ),
 }
 """Every feature that does not go with some other, by a short name."""
 
-REFUSED: Mapping[tuple[str, str], str] = {}
+_STALE = "An update that was begun rounds ago corrects for a server that is no longer there."
+_LOST = "What never arrives of an update puts the server's correction and the clients' apart, for good."
+_NO_FULL_MODEL = "A personal adapter is worth what it is in the full model, which FedBiOT's clients do not have."
+
+REFUSED: Mapping[tuple[str, str], str] = {
+    ("fedbiot", "ditto"): _NO_FULL_MODEL,
+    ("fedbiot", "fine_tune"): _NO_FULL_MODEL,
+    ("buffered", "scaffold"): _STALE,
+    ("buffered", "feddyn"): _STALE,
+    ("forgetful", "scaffold"): _LOST,
+    ("forgetful", "feddyn"): _LOST,
+    ("server_optimizer", "feddyn"): "FedDyn's server makes a step of its own, in place of any other.",
+}
 """Two features, in any order -> why they can not go together."""
 
 

@@ -12,8 +12,10 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 
 from flocktune.config.compression import CompressionConfig
+from flocktune.config.drift import Correction, FedDyn, Scaffold  # noqa: F401 - kinds of this recipe
 from flocktune.config.engines import Engine, InProcessEngine
 from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
+from flocktune.config.personal import Ditto, FineTune, Personal  # noqa: F401
 
 EMBEDDED = "embedded"
 """Names the model and the data that come with the package."""
@@ -252,7 +254,8 @@ class LocalConfig:
     ``batch_size``: rows a micro-batch; ``accumulate``: micro-batches a step. ``clip_norm``: bound of the
     gradient's Euclidean norm, 0 is off. ``schedule_over``: whether the learning rate's schedule restarts
     in every round or runs once over all rounds. ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off; its distance is
-    that of the factors A and B, or (FedBiOT) of their products ``scale * B A``: ``proximal_on``.
+    that of the factors A and B, or (FedBiOT) of their products ``scale * B A``: ``proximal_on``. ``correction`` of
+    client drift: SCAFFOLD or FedDyn, None is off; baselines ignore it.
     """
 
     steps: Positive | None = None
@@ -269,6 +272,7 @@ class LocalConfig:
     schedule_over: Literal["round", "run"] = "round"
     proximal_mu: NonNegative = 0.0
     proximal_on: Literal["factors", "products"] = "factors"
+    correction: Correction | None = None
 
 
 # --- aggregation -----------------------------------------------------------------------------------
@@ -365,7 +369,8 @@ class EvaluationConfig:
 
     ``every``: rounds between evaluations, 0 is at the end only. ``generate``: also write answers
     (greedily) and score them; ``max_new_tokens`` bounds one. ``max_rows``: rows evaluated while
-    training; the last evaluation takes all.
+    training; the last evaluation takes all. ``client_rows``: rows of each client that it does not train on (it keeps
+    at least one that it does), on which the adapter and the client's own are evaluated, client by client; 0 is off.
     """
 
     every: Count = 0
@@ -373,6 +378,7 @@ class EvaluationConfig:
     max_new_tokens: Positive = 64
     batch_size: Positive = 32
     max_rows: Positive | None = None
+    client_rows: Count = 0
 
 
 @dataclass(frozen=True)
@@ -415,6 +421,7 @@ class RunConfig:
 
     ``emulator`` and ``alignment`` are of method ``fedbiot``, which fills them with their defaults; others ignore them.
     ``compression``: null sends updates in float32; methods in which clients do not learn together ignore it.
+    ``personal``: an adapter for each client beside the common one; baselines ignore it.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -431,6 +438,7 @@ class RunConfig:
     emulator: EmulatorConfig | None = None
     alignment: AlignmentConfig | None = None
     compression: CompressionConfig | None = None
+    personal: Personal | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

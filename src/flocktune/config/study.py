@@ -46,7 +46,9 @@ class Claim:
 
     better: str
     than: str
-    metric: Literal["checked", "rouge_l", "exact_match", "contains", "loss", "perplexity"]
+    metric: Literal[
+        "checked", "rouge_l", "exact_match", "contains", "loss", "perplexity", "loss_std", "loss_worst_tenth"
+    ]
     dataset: str = "held_out"
 
 

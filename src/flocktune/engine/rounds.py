@@ -185,7 +185,8 @@ def finish_round(
         failures=tuple(intake.failures),
         clients=intake.clients,
         metrics=combined.metrics,
-        update_norm=norm(combined.delta),
+        # What clients train has plain names; what else an update carries is in a group.
+        update_norm=norm({name: value for name, value in combined.delta.items() if "/" not in name}),
         bytes_down=bytes_down,
         bytes_up=intake.bytes_up,
         seconds=seconds,

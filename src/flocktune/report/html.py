@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flocktune.files import write_atomic
-from flocktune.report import emulator, sections
+from flocktune.report import clients, emulator, sections
 from flocktune.report.grids import legend
 from flocktune.report.outcome import main_method, outcome, tiles, travel
 from flocktune.report.runs import Experiment, load_experiment
@@ -68,6 +68,7 @@ def render_report(experiment: Experiment) -> str:
         "client_cost": drawn("A client's cost", _client_cost) or "",
         "curves": drawn("The curves", sections.curves),
         "panels": drawn("The categories", sections.category_panels),
+        "by_client": drawn("How clients fared", clients.how_clients_fared),
         "participation": drawn("Who took part", sections.who_took_part),
         "participation_key": _PARTICIPATION_KEY,
         "holdings": drawn("Who holds what", sections.who_holds_what),

@@ -66,6 +66,7 @@ class LiveView:
             case "evaluation":
                 dataset = str(event.get("dataset", "test"))
                 told = "AdapFu" if plain_dataset(dataset) == dataset else "AdapEmu"
+                told = dataset if dataset.startswith("clients") else told
                 self._scores[told] = _scores(event)
                 self._say(f"{dataset} after round {event['round']}: {self._scores[told]}")
             case "run_end":

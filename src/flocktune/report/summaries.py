@@ -24,6 +24,8 @@ METRIC_NAMES = {
     "contains": "Contains",
     "loss": "Loss",
     "perplexity": "Perplexity",
+    "loss_std": "Spread of the loss",
+    "loss_worst_tenth": "Loss, worst tenth",
 }
 """How a metric is called on paper; the headline metric is the first of these that was measured."""
 
