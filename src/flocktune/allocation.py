@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flocktune.algorithms.local import ClientData
-from flocktune.config.schema import RunConfig
+from flocktune.algorithms.local import ClientData, steps_per_round
+from flocktune.algorithms.private_rows import PrivateRows
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import RunConfig, SamplePrivacy
 from flocktune.data.batching import training_batches
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.errors import Problem, UserError
+from flocktune.privacy.noise import derive_key
 from flocktune.resident import Instructions, load_instructions
 from flocktune.seeds import derive_seed
 
@@ -101,9 +104,30 @@ def hold_out_own(
     return kept, held
 
 
-def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:
-    """Each client's own rows, as batches."""
+def client_data(
+    config: RunConfig, pad_id: int, data: ClientRows, secret: bytes | None = None
+) -> Callable[[str], ClientData]:
+    """Each client's own rows, as batches.
+
+    ``secret``: of which the keys of clients' own noise are made, where the recipe hides rows; without one it can not.
+    """
     encoded = data.train.encoded
+    settings, local = privacy_in_force(config), config.local
+
+    def private(client: str) -> PrivateRows | None:
+        if not isinstance(settings, SamplePrivacy):
+            return None
+        rows = data.clients[client]
+        return PrivateRows(
+            settings,
+            encoded,
+            rows.tolist(),
+            pad_id,
+            batch=local.batch_size * local.accumulate,
+            steps=steps_per_round(local, len(rows)),
+            rounds=config.rounds,
+            key=derive_key(secret, "client", client) if secret else None,
+        )
 
     def of(client: str) -> ClientData:
         rows = data.clients[client]
@@ -120,6 +144,7 @@ def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[s
                 steps=steps,
                 epochs=epochs,
             ),
+            private(client),
         )
 
     return of

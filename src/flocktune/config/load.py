@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
+from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 
@@ -228,6 +229,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         )
     if config.method in schema.FEDERATED and config.scheduling.buffered is not None:
         yield from _buffered_checks(config, config.scheduling.buffered)
+    yield from privacy_problems(config)
 
 
 def _buffered_checks(config: RunConfig, buffered: schema.Buffered) -> Iterator[Problem]:

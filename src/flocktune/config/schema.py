@@ -16,6 +16,13 @@ from flocktune.config.drift import Correction, FedDyn, Scaffold  # noqa: F401 - 
 from flocktune.config.engines import Engine, InProcessEngine
 from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
 from flocktune.config.personal import Ditto, FineTune, Personal  # noqa: F401
+from flocktune.config.privacy import (  # noqa: F401 - every part of a recipe is named here: see the end of the file
+    AdaptiveClipping,
+    Canaries,
+    Privacy,
+    SamplePrivacy,
+    UserPrivacy,
+)
 
 EMBEDDED = "embedded"
 """Names the model and the data that come with the package."""
@@ -211,7 +218,20 @@ class Named:
     kind: Literal["named"] = "named"
 
 
-Selection: TypeAlias = Annotated[Uniform | BySize | RoundRobin | Availability | Named, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Poisson:
+    """Every client takes part with probability ``fraction``, independently of the others: a cohort may be empty.
+
+    With differential privacy of kind ``user`` the draw is secret, else it follows from the seed.
+    """
+
+    fraction: Fraction = 0.1
+    kind: Literal["poisson"] = "poisson"
+
+
+Selection: TypeAlias = Annotated[
+    Uniform | BySize | RoundRobin | Availability | Named | Poisson, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -422,6 +442,7 @@ class RunConfig:
     ``emulator`` and ``alignment`` are of method ``fedbiot``, which fills them with their defaults; others ignore them.
     ``compression``: null sends updates in float32; methods in which clients do not learn together ignore it.
     ``personal``: an adapter for each client beside the common one; baselines ignore it.
+    ``privacy``: differential privacy of clients (``user``) or of rows (``sample``); baselines ignore it.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -435,6 +456,8 @@ class RunConfig:
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     local: LocalConfig = field(default_factory=lambda: LocalConfig(steps=10))
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    privacy: Privacy | None = None
+    canaries: Canaries | None = None
     emulator: EmulatorConfig | None = None
     alignment: AlignmentConfig | None = None
     compression: CompressionConfig | None = None
