@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flocktune.algorithms import fedavg, fedbiot
+from flocktune.config.privacy import SamplePrivacy, UserPrivacy
 from flocktune.config.schema import Columns, LoraConfig
 from flocktune.errors import UpdateRefused, UserError
 from flocktune.models.lora import A_SUFFIX, B_SUFFIX
@@ -145,8 +146,27 @@ def test_a_task_inside_the_policy_is_not_refused() -> None:
         ),
         (Policy(), {"model_digest": OTHER}, 0, "policy: models: expected a model that is named on the command line"),
         (Policy(), {"model_digest": ""}, 0, "got digest none"),
-        (Policy(require="differential_privacy"), {}, 0, "protected by differential privacy, got a flocktune that can"),
-        (Policy(require="secure_aggregation"), {}, 0, "protected by secure aggregation, got a flocktune that can"),
+        (Policy(require="differential_privacy"), {}, 0, "protected by differential privacy, got a recipe without it"),
+        (Policy(require="secure_aggregation"), {}, 0, "protected by secure aggregation, got a recipe without it"),
+        (
+            Policy(require="differential_privacy"),
+            {"privacy": UserPrivacy(1.0, 1e-5, epsilon=1.0)},
+            0,
+            "protected by differential privacy, got a recipe without it",
+        ),
+        (
+            Policy(require="differential_privacy"),
+            {"privacy": SamplePrivacy(1.0, 1e-5, noise_multiplier=1.0)},
+            0,
+            "protected by differential privacy, got a recipe without it",
+        ),
+        (
+            Policy(max_epsilon=2.0),
+            {"privacy": SamplePrivacy(1.0, 1e-5, epsilon=8.0)},
+            0,
+            "max_epsilon: expected a recipe that tells of a row at most epsilon 2, got one with 8",
+        ),
+        (Policy(max_epsilon=2.0), {}, 0, "max_epsilon: expected a recipe that tells of a row at most epsilon 2"),
         (Policy(hours="20:00-06:00"), {}, 0, "policy: hours: expected 20:00-06:00, got 12:00"),
         (
             Policy(max_rounds=4),

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flocktune.algorithms.local import ClientData
-from flocktune.attacks import attackers, poisoned
-from flocktune.config.schema import RunConfig
+from flocktune.algorithms.local import ClientData, steps_per_round
+from flocktune.algorithms.private_rows import PrivateRows
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import RunConfig, SamplePrivacy
 from flocktune.data.batching import training_batches
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.errors import Problem, UserError
+from flocktune.privacy.noise import derive_key
 from flocktune.resident import Instructions, load_instructions
 from flocktune.seeds import derive_seed
 
@@ -25,7 +27,6 @@ class ClientRows:
     """Client data allocation, done: who holds which rows of ``train``, and what is held out.
 
     ``own_test``: rows of ``train`` that are a client's too, on which it does not train but is evaluated.
-    ``attackers``: of a simulation; their rows are as they have them.
     """
 
     train: Instructions
@@ -33,7 +34,6 @@ class ClientRows:
     clients: Mapping[str, NDArray[np.int64]]
     unassigned: int
     own_test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
-    attackers: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
@@ -56,7 +56,6 @@ class ClientRows:
             "untrainable_rows": len(self.train.report.untrainable),
             "truncated_rows": self.train.report.truncated,
             "unassigned_rows": self.unassigned,
-            **({"attackers": list(self.attackers)} if self.attackers else {}),
         }
 
     def _test_counts(self) -> dict[str, int]:
@@ -85,9 +84,7 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     )
     clients = {name: rows[part] for name, part in partition.clients.items()}
     clients, own_test = hold_out_own(clients, config.evaluation.client_rows, config.seed)
-    guilty = attackers(config, list(clients))
-    train = poisoned(config, train, clients, guilty)
-    return ClientRows(train, test, clients, len(partition.unassigned), own_test, guilty)
+    return ClientRows(train, test, clients, len(partition.unassigned), own_test)
 
 
 def hold_out_own(
@@ -107,9 +104,30 @@ def hold_out_own(
     return kept, held
 
 
-def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[str], ClientData]:
-    """Each client's own rows, as batches."""
+def client_data(
+    config: RunConfig, pad_id: int, data: ClientRows, secret: bytes | None = None
+) -> Callable[[str], ClientData]:
+    """Each client's own rows, as batches.
+
+    ``secret``: of which the keys of clients' own noise are made, where the recipe hides rows; without one it can not.
+    """
     encoded = data.train.encoded
+    settings, local = privacy_in_force(config), config.local
+
+    def private(client: str) -> PrivateRows | None:
+        if not isinstance(settings, SamplePrivacy):
+            return None
+        rows = data.clients[client]
+        return PrivateRows(
+            settings,
+            encoded,
+            rows.tolist(),
+            pad_id,
+            batch=local.batch_size * local.accumulate,
+            steps=steps_per_round(local, len(rows)),
+            rounds=config.rounds,
+            key=derive_key(secret, "client", client) if secret else None,
+        )
 
     def of(client: str) -> ClientData:
         rows = data.clients[client]
@@ -126,6 +144,7 @@ def client_data(config: RunConfig, pad_id: int, data: ClientRows) -> Callable[[s
                 steps=steps,
                 epochs=epochs,
             ),
+            private(client),
         )
 
     return of

@@ -13,20 +13,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flocktune.aggregation.robust import least_updates
 from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
 from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.algorithms.personal import with_ditto, with_fine_tuning
+from flocktune.algorithms.private_rows import accounted
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
-from flocktune.attacks import attacking, bad_rows, triggered
 from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
 from flocktune.config.personal import Ditto, FineTune
-from flocktune.config.schema import FEDERATED, Availability, LocalConfig, LoraConfig, Named, RunConfig
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import (
+    Availability,
+    LocalConfig,
+    LoraConfig,
+    Named,
+    Poisson,
+    RunConfig,
+    SamplePrivacy,
+    UserPrivacy,
+)
 from flocktune.data.batching import packing_leak
-from flocktune.data.examples import rows_digest
 from flocktune.emulation import (
     Emulated,
     alignment_settings,
@@ -42,14 +50,15 @@ from flocktune.engine.in_process import InProcess
 from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
-from flocktune.gate import behind_gate, gate_digest
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
 from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
 from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
-from flocktune.protection import around_client, around_server, transforms_of
-from flocktune.resident import Base, Instructions, base_digest, load_base
+from flocktune.privacy.clients import ClientPrivacy
+from flocktune.privacy.noise import derive_key, uniforms
+from flocktune.protection import around_client, around_server, client_privacy, transforms_of
+from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import group, mismatches
 from flocktune.training import Adjust, Penalty
@@ -64,8 +73,7 @@ class Assembly:
     """Everything a run needs. ``identity``: recipe, data and models, for a safe resume.
 
     ``base`` is what the result plugs into; ``model_digest`` names the model that clients must hold: the base itself, or
-    with FedBiOT the emulator. ``triggered``: the held-out rows with a backdoor's trigger in them, when there is one to
-    look for.
+    with FedBiOT the emulator.
     """
 
     config: RunConfig
@@ -81,24 +89,26 @@ class Assembly:
     identity: Mapping[str, Any]
     emulated: Emulated | None = None
     transforms: Sequence[Transform] = ()
-    triggered: Instructions | None = None
+    privacy: ClientPrivacy | None = None
 
     def travels(self, task: ClientTask) -> Expected:
         """Names and shapes of what comes back over the wire for ``task``."""
         return on_wire(self.transforms, self.server.returned(task.tensors))
 
 
-def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None) -> Assembly:
+def federation(
+    config: RunConfig, own_bundle: Path | None = None, data: ClientRows | None = None, secret: bytes | None = None
+) -> Assembly:
     """Build everything a run needs from its recipe. Raises UserError.
 
     ``own_bundle``: where FedBiOT's run keeps its emulator; it is used when it is there, and made otherwise. ``data``:
-    in place of what the recipe allocates.
+    in place of what the recipe allocates. ``secret``: the run's key; differential privacy can not run without.
     The baselines are settings: ``base`` runs no round, ``local`` always selects one client, ``centralised`` has one
     client with all rows that takes as many steps a round as a whole cohort.
     """
     data = data or allocate_clients(config)
     if config.method == "fedbiot":
-        return _fedbiot(config, data, own_bundle)
+        return _fedbiot(config, data, own_bundle, secret)
     base = load_base(config.model, config.lora, config.runtime.device)
     local = config.local
     if config.method == "centralised":
@@ -107,31 +117,36 @@ def federation(config: RunConfig, own_bundle: Path | None = None, data: ClientRo
     refuse_leaks(config, base)
     check_context(config, data, base.model)
     rounds = 0 if config.method == "base" else config.rounds
-    clients = client_data(config, base.pad_id, data)
+    clients = client_data(config, base.pad_id, data, secret)
     identity = identity_of(config, data)
-    client = clients_side(config, data, adapter_client(config, base.adapter, clients, local, rounds=rounds))
+    client = around_client(config, adapter_client(config, base.adapter, clients, local, rounds=rounds))
     personal = personal_of(config)
     if isinstance(personal, FineTune):  # around all: what it makes does not travel
         client = with_fine_tuning(client, personal, base.adapter, clients, local)
-    server = corrected(config, fedavg.server_half(config.aggregation), clients, data)
+    privacy = client_privacy(config, len(data.clients))
     return Assembly(
         config,
         base,
         data,
-        rounds,
+        privacy.affordable_or_refused() if privacy else rounds,
         fedavg.KIND,
         starting_adapter(config, base.adapter),
-        around_server(config, behind_gate(config, base, server)),
+        around_server(
+            config,
+            corrected(config, fedavg.server_half(config.aggregation), clients, data),
+            len(data.clients),
+            secret,
+        ),
         client,
-        scheduler(config, data.clients),
+        scheduler(config, data.clients, secret),
         identity["model"],
         identity,
         transforms=transforms_of(config),
-        triggered=triggered(config, data.test),
+        privacy=privacy,
     )
 
 
-def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> Assembly:
+def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secret: bytes | None) -> Assembly:
     """Both sides of FedBiOT in one process; the client's side is :func:`emulator_client`, as it is anywhere else."""
     check_context(config, data, load_skeleton(config.model))  # before rows are run through it to choose its layers
     emulated = load_emulator(config, bundle_of(config, own_bundle))
@@ -139,29 +154,29 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None) -> As
     refuse_leaks(config, emulated.base)
     public = public_data(config, base, data.test)
     digest = emulated.bundle.digest
+    privacy = client_privacy(config, len(data.clients))
     server = fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
-    server = corrected(config, server, client_data(config, emulated.base.pad_id, data), data)
     return Assembly(
         config,
         base,
         data,
-        config.rounds,
+        privacy.affordable_or_refused() if privacy else config.rounds,
         fedbiot.KIND,
         starting_emulator(config, pair),
-        around_server(config, behind_gate(config, base, server)),
-        clients_side(config, data, emulator_client(config, emulated, data)),
-        scheduler(config, data.clients),
+        around_server(
+            config,
+            corrected(config, server, client_data(config, emulated.base.pad_id, data), data),
+            len(data.clients),
+            secret,
+        ),
+        around_client(config, emulator_client(config, emulated, data, secret)),
+        scheduler(config, data.clients, secret),
         digest,
         {**identity_of(config, data), "public": public_rows(config).digest, "emulator": digest},
         emulated,
         transforms_of(config),
-        triggered(config, data.test),
+        privacy,
     )
-
-
-def clients_side(config: RunConfig, data: ClientRows, half: ClientHalf) -> ClientHalf:
-    """The client half as tasks are given to it, with what attackers make of it."""
-    return around_client(config, attacking(config, data.attackers, half))
 
 
 def adapter_client(
@@ -176,18 +191,19 @@ def adapter_client(
     half, personal = drift.corrected_client(correction_of(config), make), personal_of(config)
     if isinstance(personal, Ditto):
         half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
-    return half
+    return accounted(half, lambda client: data(client).private)
 
 
-def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> ClientHalf:
+def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, secret: bytes | None = None) -> ClientHalf:
     """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
+    clients = client_data(config, emulated.base.pad_id, data, secret)
 
     def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
         return fedbiot.client_half(
             emulated.base.adapter,
             emulated.bundle.plan,
             emulated.bundle.digest,
-            client_data(config, emulated.base.pad_id, data),
+            clients,
             config.local,
             emulator_settings(config),
             config.aggregation.weights,
@@ -196,7 +212,8 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows) -> 
             adjust=adjust,
         )
 
-    return drift.corrected_client(correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER))
+    half = drift.corrected_client(correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER))
+    return accounted(half, lambda client: clients(client).private)
 
 
 def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientData], rows: ClientRows) -> ServerHalf:
@@ -216,14 +233,15 @@ def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientD
 
 
 @contextmanager
-def engine_of(config: RunConfig, fed: Assembly, folder: Path) -> Iterator[Engine]:
+def engine_of(config: RunConfig, fed: Assembly, folder: Path, secret: bytes | None = None) -> Iterator[Engine]:
     """Where the tasks of the run in ``folder`` are done, as long as the block lasts. Raises UserError."""
     match config.engine:
         case InProcessEngine():
             yield InProcess(fed.client)
         case RayEngine():
             own_bundle = str(folder.resolve() / "emulator") if fed.emulated else None
-            source = HalfSource("flocktune.assemble:client_half_of", (dump_recipe(config), own_bundle))
+            clients_own = secret.hex() if secret and isinstance(privacy_in_force(config), SamplePrivacy) else None
+            source = HalfSource("flocktune.assemble:client_half_of", (dump_recipe(config), own_bundle, clients_own))
             with on_ray(config.engine, source, config.runtime.threads) as engine:
                 yield engine
         case FlowerEngine():
@@ -233,18 +251,20 @@ def engine_of(config: RunConfig, fed: Assembly, folder: Path) -> Iterator[Engine
             assert_never(unreachable)
 
 
-def client_half_of(recipe_text: str, own_bundle: str | None = None) -> ClientHalf:
+def client_half_of(recipe_text: str, own_bundle: str | None = None, secret_hex: str | None = None) -> ClientHalf:
     """The client half alone, in another process than its run's. Raises UserError.
 
     ``own_bundle``: the folder of FedBiOT's emulator; where it is, the full model is not opened and need not exist.
+    ``secret_hex``: the run's key, where clients make noise of their own.
     """
     config = parse_recipe(recipe_text)
+    secret = bytes.fromhex(secret_hex) if secret_hex else None
     folder = Path(own_bundle) if own_bundle else None
     if folder is None or not folder.exists():
-        return federation(config, folder).client
+        return federation(config, folder, secret=secret).client
     emulated = load_emulator(config, read_bundle(folder))
     rows = allocate_clients(replace(config, model=replace(config.model, path=str(folder))))
-    return around_client(config, emulator_client(config, emulated, rows))
+    return around_client(config, emulator_client(config, emulated, rows, secret))
 
 
 def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
@@ -254,27 +274,28 @@ def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
         "data": data.train.digest,
         "test": data.test.digest,
         "model": base_digest(config.model),
-        **({"gate": digest} if (digest := gate_digest(config)) else {}),
-        **({"attack": rows_digest(rows)} if (rows := bad_rows(config)) else {}),
     }
 
 
-def scheduler(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> Callable[[int], Cohort]:
-    """Round -> cohort. Raises UserError for an unknown client or a bad trace now, not when its round has come."""
+def scheduler(
+    config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]], secret: bytes | None = None
+) -> Callable[[int], Cohort]:
+    """Round -> cohort. Raises UserError for an unknown client or a bad trace now, not when its round has come.
+
+    ``secret``: the run's key, of which cohorts are drawn where nobody may foresee them.
+    """
     sizes = {name: len(rows) for name, rows in clients.items()}
     selection = config.scheduling.selection
     trace = read_trace(Path(selection.trace), list(sizes)) if isinstance(selection, Availability) else None
+    hidden = secret if isinstance(privacy_in_force(config), UserPrivacy) else None
 
     def schedule(number: int) -> Cohort:
         if config.method == "centralised":
             return Cohort((EVERYONE,), 1, 1)
-        return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace)
+        coins = uniforms(derive_key(hidden, "selection", number), len(sizes)) if hidden else None
+        return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace, coins=coins)
 
-    wanted, least = schedule(0).wanted, least_updates(config.aggregation.robust)
-    if config.method in FEDERATED and wanted < least:
-        fix = "Ask more clients, or set it lower."
-        got = f"{wanted} clients a round"
-        raise UserError(Problem("aggregation.robust.byzantine", f"at least {least} clients a round", got, fix))
+    schedule(0)
     return schedule
 
 
@@ -289,13 +310,15 @@ def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | N
     """Steps a round of the centralised baseline: those of a whole cohort, so both see as many examples."""
     selection = config.scheduling.selection
     wanted = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(clients))
-    cohort = updates_a_round(config, wanted)
+    cohort = updates_a_round(config, wanted, len(clients))
     mean = np.mean([steps_per_round(config.local, len(rows)) for rows in clients.values()])
     return max(1, round(float(mean) * cohort))
 
 
-def updates_a_round(config: RunConfig, wanted: int) -> int:
-    """How many updates a round combines: ``wanted`` of a cohort, or a buffer of them."""
+def updates_a_round(config: RunConfig, wanted: int, clients: int) -> int:
+    """How many updates a round combines: ``wanted`` of a cohort, a buffer of them, or so many on average."""
+    if isinstance(config.scheduling.selection, Poisson):
+        return cohort_size(config.scheduling.selection.fraction, clients)
     return config.scheduling.buffered.size if config.scheduling.buffered else wanted
 
 

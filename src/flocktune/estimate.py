@@ -12,7 +12,8 @@ from rich.table import Table
 
 from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
-from flocktune.allocation import allocate_clients
+from flocktune.algorithms.private_rows import told_of_rows
+from flocktune.allocation import ClientRows, allocate_clients, client_data
 from flocktune.assemble import check_context, given_adapter, scheduler, updates_a_round
 from flocktune.config.capabilities import correction_of
 from flocktune.config.drift import Scaffold
@@ -20,12 +21,11 @@ from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
-from flocktune.gate import gate_digest
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
 from flocktune.models.split import plan_split
-from flocktune.protection import transforms_of
+from flocktune.protection import client_privacy, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
 from flocktune.types import AtMost, Tensors
@@ -61,6 +61,7 @@ class Estimate:
     memory_bytes: int
     client_memory_bytes: int
     emulator: EmulatorCosts | None
+    privacy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ def estimate(config: RunConfig) -> Estimate:
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
     if config.method == "fedbiot":
         attempt(lambda: public_rows(config))
-    attempt(lambda: gate_digest(config))
     if skeleton is not None and data is not None:
         attempt(lambda: check_context(config, data, skeleton))
     if config.lora.start_from is not None and counts is not None:
@@ -105,7 +105,7 @@ def estimate(config: RunConfig) -> Estimate:
     if counts is None or data is None or schedule is None or transforms is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
     sizes = [len(rows) for rows in data.clients.values()]
-    cohort = updates_a_round(config, schedule(0).wanted)
+    cohort = updates_a_round(config, schedule(0).wanted, len(sizes))
     trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
@@ -136,6 +136,20 @@ def estimate(config: RunConfig) -> Estimate:
         memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
         client_memory_bytes=client_bytes,
         emulator=emulator,
+        privacy=_planned_privacy(config, data),
+    )
+
+
+def _planned_privacy(config: RunConfig, data: ClientRows) -> str | None:
+    """What all rounds will have spent: of clients, or of the rows of the client who has fewest."""
+    if privacy := client_privacy(config, len(data.clients)):
+        return str(privacy.told(privacy.affordable_or_refused())["said"])
+    fewest = min(data.clients, key=lambda client: len(data.clients[client]))
+    rows = client_data(config, 0, data)(fewest).private
+    if rows is None:
+        return None
+    return str(
+        told_of_rows(rows.budget.epsilon(rows.budget.affordable(rows.steps * config.rounds)), rows.settings)["said"]
     )
 
 
@@ -224,6 +238,8 @@ def estimate_table(costs: Estimate) -> Table:
             f"{format_bytes(one.bytes)} once to each client"
         )
         rows["a client"] = f"about {format_bytes(costs.client_memory_bytes)} of memory beside libraries"
+    if costs.privacy:
+        rows["privacy"] = costs.privacy
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()

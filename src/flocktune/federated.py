@@ -54,9 +54,9 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     if isinstance(config.scheduling.selection, BySize):
         fix = "Owners' sizes are not known here: scheduling.selection.kind=uniform"
         problems.append(Problem("scheduling.selection", "not by_size in a federation", "by_size", fix))
-    if config.attack is not None:
-        fix = "Attacks are simulated where all rows are yours: flocktune run"
-        problems.append(Problem("attack", "none in a federation", config.attack.kind, fix))
+    if config.canaries is not None:
+        fix = "Nobody's rows are added to here. Look for them where the data may be: flocktune run"
+        problems.append(Problem("canaries", "none in a federation", "some", fix))
     if config.compare != CompareConfig():
         fix = "Baselines need all rows in one place. Run them where they may be: flocktune run"
         problems.append(Problem("compare", "no baselines in a federation", "some", fix))
@@ -75,15 +75,20 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     UserError.raise_all(problems)
 
 
-def server_side(config: RunConfig, clients: Sequence[str], own_bundle: Path | None = None) -> Assembly:
-    """All that the server needs of a recipe for clients who are elsewhere. Raises UserError."""
+def server_side(
+    config: RunConfig, clients: Sequence[str], own_bundle: Path | None = None, secret: bytes | None = None
+) -> Assembly:
+    """All that the server needs of a recipe for clients who are elsewhere. Raises UserError.
+
+    ``secret``: the run's key; differential privacy of clients can not run without.
+    """
     refuse_unfederated(config, clients)
     nobodys = _no_rows(sha256_bytes("\n".join(sorted(clients)).encode()))
     test = nobodys
     if config.data.test is not None:
         test = load_instructions(config.data.test, replace(config.data, max_rows=None), config.model)
     data = ClientRows(nobodys, test, {name: np.zeros(0, np.int64) for name in sorted(clients)}, 0)
-    return federation(config, own_bundle, data)
+    return federation(config, own_bundle, data, secret)
 
 
 def _no_rows(digest: str) -> Instructions:
@@ -103,11 +108,13 @@ class OwnersSide:
     rows: int
 
 
-def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | None = None) -> OwnersSide:
+def owners_side(
+    config: RunConfig, client: str, data: str, emulator: Bundle | None = None, secret: bytes | None = None
+) -> OwnersSide:
     """What one owner needs of a recipe: its own file and a base model, or with FedBiOT the emulator alone.
 
     ``config`` is the server's recipe with the owner's own paths for the model and device. Models and tokens stay in
-    memory between calls. Raises UserError.
+    memory between calls. ``secret``: the owner's own key, of which noise is made that hides its rows. Raises UserError.
     """
     if emulator is not None:
         refuse_code(emulator.folder)
@@ -120,13 +127,13 @@ def owners_side(config: RunConfig, client: str, data: str, emulator: Bundle | No
     mine = ClientRows(train, _no_rows(""), {client: rows}, 0)
     if emulator is None:
         base = load_base(own.model, own.lora, own.runtime.device)
-        batches = client_data(own, base.pad_id, mine)
+        batches = client_data(own, base.pad_id, mine, secret)
         half = adapter_client(own, base.adapter, batches, own.local, rounds=own.rounds)
         server = fedavg.server_half(own.aggregation)
     else:
         emulated = load_emulator(own, emulator)
         base = emulated.base
-        half = emulator_client(own, emulated, mine)
+        half = emulator_client(own, emulated, mine, secret)
         server = fedbiot.message_half(emulator.plan)
     check_rows([train], base.model)
     refuse_leaks(own, base)

@@ -5,21 +5,21 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from flocktune.aggregation.robust import rule
 from flocktune.compression.transform import compression
-from flocktune.config.schema import FEDERATED, RunConfig
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import FEDERATED, Poisson, RunConfig, UserPrivacy
 from flocktune.engine.client import transformed
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
-from flocktune.models.lora import scale
+from flocktune.privacy.clients import ClientPrivacy, clipping, noised
 
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
     """What updates go through on their way, in the order in which a client does it."""
-    if config.compression is None or config.method not in FEDERATED:
-        return ()
-    return (compression(config.compression),)
+    privacy = privacy_in_force(config)
+    transforms = [clipping(privacy)] if isinstance(privacy, UserPrivacy) else []
+    if config.compression is not None and config.method in FEDERATED:
+        transforms.append(compression(config.compression))
+    return tuple(transforms)
 
 
 def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
@@ -27,15 +27,18 @@ def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
     return transformed(half, transforms_of(config))
 
 
-def around_server(config: RunConfig, server: ServerHalf) -> ServerHalf:
-    """The server half as rounds are run with it; it is asked by an owner's side, too, what a message looks like."""
-    if config.aggregation.robust and config.method in FEDERATED:
-        server = _robust(config, server)
-    return server
+def around_server(config: RunConfig, server: ServerHalf, clients: int = 1, secret: bytes | None = None) -> ServerHalf:
+    """The server half as rounds are run with it; it is asked by an owner's side, too, what a message looks like.
+
+    ``clients``: how many there are; ``secret``: the run's key. Only the server that steps needs them.
+    """
+    privacy = client_privacy(config, clients)
+    return noised(server, privacy, secret) if privacy else server
 
 
-def _robust(config: RunConfig, server: ServerHalf) -> ServerHalf:
-    """``server`` with the recipe's rule, which finds what updates are changes of by their own names."""
-    assert config.aggregation.robust is not None
-    combine = rule(config.aggregation.robust, scale(config.lora))
-    return replace(server, combine=lambda updates, message: combine(updates, {**message, **server.returned(message)}))
+def client_privacy(config: RunConfig, clients: int) -> ClientPrivacy | None:
+    """Differential privacy of ``clients`` clients, when the recipe asks for it."""
+    settings, selection = privacy_in_force(config), config.scheduling.selection
+    if not isinstance(settings, UserPrivacy) or not isinstance(selection, Poisson):
+        return None
+    return ClientPrivacy(settings, clients, selection.fraction, config.rounds)

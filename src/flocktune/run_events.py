@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flocktune.algorithms.drift import methods_own
+from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.assemble import Assembly
-from flocktune.attacks import untriggered_success
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import SamplePrivacy
 from flocktune.costs import client_cost
 from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
@@ -82,19 +84,9 @@ def summarise(
         "peak_memory_bytes": peak_memory_bytes(),
         "trainable_parameters": sum(value.numel() for value in adapter.values()),
         "adapter_sha256": digest(adapter),
-        **({"rolled_back": sum(event.get("rolled_back", False) for event in rounds)} if fed.config.gate else {}),
-        **_backdoor(fed, results),
+        **_spent_in_all(fed, rounds),
         **(_client_cost(fed) if fed.data.train.examples else {}),  # owners' rows are not here to be measured
     }
-
-
-def _backdoor(fed: Assembly, results: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """The shares of held-out prompts that are answered with a backdoor's target, with its trigger and without."""
-    found = results.get("triggered")
-    if found is None or not found.answers:
-        return {}
-    without = untriggered_success(fed.config, results["held_out"].answers)
-    return {"backdoor": {"with_trigger": found.overall["contains"].value, "without_trigger": without}}
 
 
 def _client_cost(fed: Assembly) -> dict[str, Any]:
@@ -106,6 +98,28 @@ def _client_cost(fed: Assembly) -> dict[str, Any]:
         fed.schedule(0).asked,
         fed.emulated.bundle.plan if fed.emulated else None,
     )
+
+
+def spent(fed: Assembly, rounds: int, record: RoundRecord | None = None) -> dict[str, Any]:
+    """What of a privacy budget is spent after ``rounds`` rounds, as a round's event and a summary have it.
+
+    Of clients who hide their own rows, it is the largest that one of ``record`` said; empty when nobody did.
+    """
+    if fed.privacy:
+        return {"privacy": fed.privacy.told(rounds)}
+    settings = privacy_in_force(fed.config)
+    if not isinstance(settings, SamplePrivacy) or record is None:
+        return {}
+    said = [client.metrics["epsilon"].value for client in record.clients.values() if "epsilon" in client.metrics]
+    return {"privacy": told_of_rows(max(said), settings)} if said else {}
+
+
+def _spent_in_all(fed: Assembly, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's: of rows, the largest that any client said in any round."""
+    if fed.privacy:
+        return spent(fed, len(rounds))
+    told = [event["privacy"] for event in rounds if event.get("privacy")]
+    return {"privacy": max(told, key=lambda each: each["epsilon"])} if told else {}
 
 
 def _seconds_per_step(rounds: Sequence[Mapping[str, Any]]) -> float | None:

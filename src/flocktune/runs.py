@@ -17,25 +17,31 @@ import torch
 from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.assemble import Assembly, engine_of, federation
 from flocktune.config.load import config_digest, load_recipe
-from flocktune.config.schema import FEDERATED, RunConfig
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import FEDERATED
 from flocktune.engine.buffered import at_work, run_buffered
 from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
-from flocktune.gate import told
 from flocktune.interfaces import Engine, State
 from flocktune.per_client import evaluations, fine_tune, keep_own
+from flocktune.privacy.noise import read_or_make_key
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.resident import Base, Instructions
-from flocktune.run_events import round_event, start_event, summarise
+from flocktune.resident import Base
+from flocktune.run_events import round_event, spent, start_event, summarise
 from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, show_bundle, write_adapter
 from flocktune.types import Tensors
 
-HELD_OUT, ON_EMULATOR, TRIGGERED = "held_out", "held_out_emulator", "triggered"
+HELD_OUT, ON_EMULATOR = "held_out", "held_out_emulator"
 """The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu),
-with FedBiOT's adapter on the emulator (AdapEmu), and with a backdoor's trigger in them, the target as the answer."""
+and with FedBiOT's adapter on the emulator (AdapEmu)."""
+
+
+SECRET = "secret.key"
+"""In a run's folder, where its recipe has differential privacy: what its noise and its cohorts are made of. Whoever has
+it can take the noise away."""
 
 
 class Listener(Protocol):
@@ -79,14 +85,20 @@ def execute(
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         bundle = folder / "emulator"
-        fed = server_side(config, elsewhere.clients, bundle) if elsewhere else federation(config, bundle)
         checkpoint = load_checkpoint(folder / "state")
+        secret = None
+        if privacy_in_force(config):
+            secret = read_or_make_key(folder / SECRET, may_make=checkpoint is None)
+        if elsewhere:
+            fed = server_side(config, elsewhere.clients, bundle, secret)
+        else:
+            fed = federation(config, bundle, secret=secret)
         if checkpoint is not None:
             refuse_changes(folder, checkpoint.identity, fed.identity)
         if fed.emulated:
             show_bundle(fed.emulated.bundle, bundle)
         log = _open_log(folder, checkpoint, fed.rounds)
-        with nullcontext(elsewhere.engine(fed)) if elsewhere else engine_of(config, fed, folder) as engine:
+        with nullcontext(elsewhere.engine(fed)) if elsewhere else engine_of(config, fed, folder, secret) as engine:
             run = _Run(fed, folder, log, listeners, engine, {"load": time.perf_counter() - started})
             return run.to_end(checkpoint, stop or threading.Event())
 
@@ -182,7 +194,7 @@ class _Run:
     def _on_round(self, record: RoundRecord, state: State) -> None:
         """Write the event, evaluate if it is time, save. The event comes first: a resume drops what was not saved."""
         config, done = self.fed.config, record.round + 1
-        self._emit({**round_event(record, self.carried_s), **told(config.gate, state)})
+        self._emit({**round_event(record, self.carried_s), **spent(self.fed, done, record)})
         every = config.evaluation.every
         if every and done % every == 0 and done < self.fed.rounds:
             self._evaluate(state, done, config.evaluation.max_rows)
@@ -205,14 +217,12 @@ class _Run:
         results: dict[str, Evaluation] = {}
         if not fed.data.test.examples:
             return results
-        plugged = {HELD_OUT: (fed.base, fed.server.result(state), fed.data.test)}
+        plugged = {HELD_OUT: (fed.base, fed.server.result(state))}
         if fed.emulated:
-            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state), fed.data.test)
-        if fed.triggered and fed.triggered.examples:
-            plugged[TRIGGERED] = (fed.base, fed.server.result(state), fed.triggered)
-        for name, (base, adapter, rows) in plugged.items():
+            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state))
+        for name, (base, adapter) in plugged.items():
             started = time.perf_counter()
-            results[name] = evaluate_adapter(fed.config, base, adapter, rows, max_rows)
+            results[name] = evaluate_adapter(fed, base, adapter, max_rows)
             numbers = {"dataset": name, **results[name].as_dict(), "seconds": time.perf_counter() - started}
             self._emit({"event": "evaluation", "round": rounds_done, **numbers})
         return results
@@ -253,16 +263,15 @@ class _Run:
         return summary
 
 
-def evaluate_adapter(
-    config: RunConfig, base: Base, adapter: Tensors, rows: Instructions, max_rows: int | None = None
-) -> Evaluation:
-    """Evaluate ``adapter`` in ``base`` on ``rows``."""
+def evaluate_adapter(fed: Assembly, base: Base, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
+    """Evaluate ``adapter`` in ``base`` on the held-out rows of ``fed``."""
+    config = fed.config
     base.adapter.load(adapter)
     return evaluate(
         base.model,
         base.tokenizer,
-        rows.examples,
-        rows.encoded,
+        fed.data.test.examples,
+        fed.data.test.encoded,
         settings=config.evaluation,
         template=config.data.template,
         max_tokens=config.data.max_tokens,

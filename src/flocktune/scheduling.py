@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import assert_never
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flocktune.config.schema import Availability, BySize, Named, RoundRobin, SchedulingConfig, Uniform
+from flocktune.config.schema import Availability, BySize, Named, Poisson, RoundRobin, SchedulingConfig, Uniform
 from flocktune.errors import Problem, UserError
 from flocktune.seeds import derive_seed
 
@@ -37,11 +38,13 @@ def select(
     round: int,
     seed: int,
     trace: Mapping[str, Sequence[int]] | None = None,
+    coins: NDArray[np.float64] | None = None,
 ) -> Cohort:
     """Choose the clients of one round from (seed, round) alone.
 
     ``sizes``: rows of every client, in the federation's order. ``trace``: see :func:`read_trace`, needed by
-    availability only. Raises UserError when ``named`` names an unknown client.
+    availability only. ``coins``: a number in (0, 1) for each client, for poisson, in place of those of the seed.
+    Raises UserError when ``named`` names an unknown client.
     """
     names = list(sizes)
     draw = np.random.default_rng(derive_seed(seed, round, "selection"))
@@ -54,6 +57,10 @@ def select(
                 if name not in sizes
             )
             return Cohort(wanted_names, len(wanted_names), math.ceil(scheduling.quorum * len(wanted_names)))
+        case Poisson(fraction=fraction):
+            drawn = draw.random(len(names)) if coins is None else coins
+            present = tuple(name for name, coin in zip(names, drawn, strict=True) if coin < fraction)
+            return Cohort(present, len(present), math.ceil(scheduling.quorum * len(present) - 1e-9))
         case Uniform() | BySize() | RoundRobin() | Availability():
             wanted = cohort_size(selection.fraction, len(names))
             asked = min(len(names), wanted + math.ceil(wanted * scheduling.over_select - 1e-9))
@@ -71,8 +78,8 @@ def select(
             circle = np.random.default_rng(derive_seed(seed, "round_robin")).permutation(len(names))
             chosen = circle[(round * wanted + np.arange(asked)) % len(names)]
         case Availability():
-            present = [i for i, name in enumerate(names) if _is_there((trace or {}).get(name), round)]
-            chosen = draw.permutation(present)[:asked].astype(int)
+            there = [i for i, name in enumerate(names) if _is_there((trace or {}).get(name), round)]
+            chosen = draw.permutation(there)[:asked].astype(int)
         case _:
             assert_never(selection)
     return Cohort(tuple(names[i] for i in chosen), wanted, math.ceil(scheduling.quorum * wanted - 1e-9))

@@ -74,5 +74,6 @@ def client_half(
 
 def diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
     """``aggregation_error``: what averaging A and B apart costs in this round, relative to the ideal change."""
-    factors = [pairs(add_scaled(message, update.delta)) for update in updates]
+    trained = {name: message[name] for name in updates[0].delta if name in message}  # not what transforms send
+    factors = [pairs(add_scaled(trained, update.delta)) for update in updates]
     return {"aggregation_error": aggregation_error(factors, [update.weight for update in updates])}

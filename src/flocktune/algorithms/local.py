@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from flocktune.algorithms.private_rows import PrivateRows
 from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.models.lora import Adapter
@@ -35,12 +36,13 @@ class ClientData:
     """One client's instructions, ready to train on.
 
     ``batches(seed, steps, epochs)`` yields micro-batches; ``examples`` and ``tokens`` (label tokens) are what it
-    may weigh by.
+    may weigh by. ``private``: rows that are hidden from everybody; batches are then theirs.
     """
 
     examples: int
     tokens: int
     batches: Callable[[int, int | None, int | None], Iterable[Batch]]
+    private: PrivateRows | None = None
 
 
 def train_locally(
@@ -67,14 +69,22 @@ def train_locally(
     steps = steps_per_round(local, data.examples)
     whole_run = local.schedule_over == "run"
     micro_batches = None if local.steps is None else local.steps * local.accumulate
-    batches = TimedBatches(data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs))
+    if data.private is None:
+        settings, rows = local, data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs)
+    elif gradient is not mean_gradient:
+        raise ValueError("differential privacy of rows makes a step's gradient, and so does this method")
+    else:
+        key = data.private.of_task(task, received)
+        settings, rows = data.private.settings_of(local), data.private.lots(key)
+        gradient = data.private.gradient(key, local.batch_size)
+    batches = TimedBatches(rows)
     penalties = [part for part in (penalty, _proximal(adapter, received, local)) if part is not None]
     with training_only(adapter, received) as parameters:
         metrics = fit(
             adapter.model,
             parameters,
             batches,
-            local,
+            settings,
             total_steps=steps * rounds if whole_run else steps,
             first_step=steps * task.round if whole_run else 0,
             penalty=_sum_of(penalties),

@@ -14,7 +14,8 @@ from itertools import combinations
 
 from flocktune.config.drift import Correction, FedDyn, Scaffold
 from flocktune.config.personal import Ditto, FineTune, Personal
-from flocktune.config.schema import FEDERATED, RunConfig, ServerSgd
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import FEDERATED, RunConfig, SamplePrivacy, ServerSgd, UserPrivacy
 from flocktune.errors import Problem
 
 
@@ -93,27 +94,30 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: isinstance(personal_of(config), FineTune),
         ("personal={kind: fine_tune}",),
     ),
-    "robust": Feature(
-        "robust aggregation",
-        "aggregation.robust",
-        lambda config: config.aggregation.robust is not None and config.method in FEDERATED,
-        ("aggregation.robust={kind: median}",),
+    "user_privacy": Feature(
+        "differential privacy of clients",
+        "privacy",
+        lambda config: isinstance(privacy_in_force(config), UserPrivacy),
+        (
+            "privacy={kind: user, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 1.0}",
+            "scheduling.selection={kind: poisson, fraction: 0.5}",
+            "aggregation.weights=equal",
+        ),
     ),
-    "gate": Feature(
-        "a gate",
-        "gate",
-        lambda config: config.gate is not None and config.method in FEDERATED,
-        ("gate={probe: embedded-public}",),
+    "sample_privacy": Feature(
+        "differential privacy of rows",
+        "privacy",
+        lambda config: isinstance(privacy_in_force(config), SamplePrivacy),
+        ("privacy={kind: sample, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 1.0}", "local.clip_norm=0"),
     ),
 }
 """Every feature that does not go with some other, by a short name."""
 
 _STALE = "An update that was begun rounds ago corrects for a server that is no longer there."
 _LOST = "What never arrives of an update puts the server's correction and the clients' apart, for good."
-_ALL_MEANS = "The server's correction has to be the mean of the clients', which a robust rule does not keep."
-_NO_WAY_BACK = "A round that is rolled back stays in the clients' corrections, which no longer fit the server's."
-
 _NO_FULL_MODEL = "A personal adapter is worth what it is in the full model, which FedBiOT's clients do not have."
+_WHO_CAME = "The server's correction depends on how many clients came, which noise on their mean does not hide."
+_UNCOUNTED = "A personal adapter is trained on the rows in steps that the rows' budget does not count."
 
 REFUSED: Mapping[tuple[str, str], str] = {
     ("fedbiot", "ditto"): _NO_FULL_MODEL,
@@ -123,12 +127,11 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("forgetful", "scaffold"): _LOST,
     ("forgetful", "feddyn"): _LOST,
     ("server_optimizer", "feddyn"): "FedDyn's server makes a step of its own, in place of any other.",
-    ("buffered", "robust"): "Updates of one buffer are changes of different adapters, so distances between them tell of"
-    " their age too.",
-    ("robust", "scaffold"): _ALL_MEANS,
-    ("robust", "feddyn"): _ALL_MEANS,
-    ("gate", "scaffold"): _NO_WAY_BACK,
-    ("gate", "feddyn"): _NO_WAY_BACK,
+    ("buffered", "user_privacy"): "Epsilon is for clients who are drawn anew in every round, not for those who come.",
+    ("scaffold", "user_privacy"): _WHO_CAME,
+    ("feddyn", "user_privacy"): _WHO_CAME,
+    ("ditto", "sample_privacy"): _UNCOUNTED,
+    ("fine_tune", "sample_privacy"): _UNCOUNTED,
 }
 """Two features, in any order -> why they can not go together."""
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
+from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
 
@@ -179,9 +180,7 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
 
 def _is_union_member(part: Any) -> bool:
     """Pydantic puts the union's member into the path (``iid``, ``tuple[str, ...]``); it is no key of the recipe."""
-    return isinstance(part, str) and (
-        part in _KINDS or part in ("int", "str", "constrained-float", "CustomTemplate") or "[" in part
-    )
+    return isinstance(part, str) and (part in _KINDS or part in ("int", "str", "CustomTemplate") or "[" in part)
 
 
 _KINDS = frozenset(
@@ -221,7 +220,6 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         yield Problem("scheduling.selection.clients", "every client once", f"{twice!r} more than once")
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
-    yield from _pattern_checks(config)
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
         yield Problem(
             "evaluation.every",
@@ -231,17 +229,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         )
     if config.method in schema.FEDERATED and config.scheduling.buffered is not None:
         yield from _buffered_checks(config, config.scheduling.buffered)
-
-
-def _pattern_checks(config: RunConfig) -> Iterator[Problem]:
-    """Regular expressions that are none."""
-    canaries = config.gate.canaries if config.gate else None
-    for place, pattern in enumerate(canaries.must_not if canaries else ()):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            where = f"gate.canaries.must_not.{place}"
-            yield Problem(where, "a regular expression", repr(pattern), f"{error}.")
+    yield from privacy_problems(config)
 
 
 def _buffered_checks(config: RunConfig, buffered: schema.Buffered) -> Iterator[Problem]:

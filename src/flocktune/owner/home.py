@@ -5,6 +5,7 @@ HOME/ca.pem        whom it trusts         HOME/audit.jsonl   every task, refusal
 HOME/worker.sock   where its worker is    HOME/worker.log    what that one said
 HOME/cache/        rows as tokens, emulators HOME/invited      which invitations were used here
 HOME/memory/       private state of runs, such as a factor that never leaves
+HOME/privacy.key   what the noise is made of that hides rows; whoever has it can take the noise away
 HOME/node          what the coordinator calls this client    HOME/task   what it is at: given back after a crash
 """
 
@@ -31,6 +32,7 @@ from flocktune.files import exclusive, sha256_bytes
 from flocktune.owner.policy import write_policy
 
 AUDIT, POLICY, CACHE, INVITED, MEMORY = "audit.jsonl", "policy.yaml", "cache", "invited", "memory"
+PRIVACY_KEY = "privacy.key"
 
 
 def default_home(invitation: Invitation) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, time
@@ -13,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from flocktune.config.load import explain, parse_yaml
 from flocktune.config.numbers import Positive, PositiveFloat
+from flocktune.config.privacy import Privacy, SamplePrivacy
 from flocktune.config.schema import Columns
 from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic
@@ -33,7 +35,8 @@ class Policy:
     ``models``: SHA-256 of base models and emulators that may be trained; empty: those named on the command line.
     ``columns``: which columns of the own file are read; None: those with the usual names. ``max_rounds``: updates that
     may leave in one run, whose name is the coordinator's word; ``max_updates``: in all runs together.
-    ``require``: what must protect an update beside TLS.
+    ``require``: what must protect an update beside TLS. ``max_epsilon``: of one row, over one run, where rows are
+    hidden by the owner's own noise; recipes that hide none are refused when it is set.
     ``hours``: ``20:00-06:00``, local time, may go over midnight. ``max_minutes``: of one task. ``tensors``: globs of
     names that may leave. ``clip_norm``: an update is scaled down to this Euclidean norm before it leaves.
     ``min_rows``: fewer rows are not trained on, for an update of a few rows tells too much of each.
@@ -45,6 +48,7 @@ class Policy:
     max_rounds: Positive = 1000
     max_updates: Positive | None = None
     require: Literal["none", "differential_privacy", "secure_aggregation"] = "none"
+    max_epsilon: PositiveFloat | None = None
     hours: Hours | None = None
     max_gpu_memory_gb: PositiveFloat | None = None
     max_threads: Positive | None = None
@@ -77,6 +81,7 @@ class Asked:
     task_bytes: int
     rows: int
     columns: Columns = field(default_factory=Columns)
+    privacy: Privacy | None = None
 
 
 _ADAPTER: TypeAdapter[Policy] = TypeAdapter(Policy)
@@ -96,6 +101,7 @@ max_rounds: 1000                 # updates that may leave in one run
 max_updates: null                # updates that may leave in all, over all runs: the coordinator names the runs;
                                  # null is any number
 require: none                    # what must protect an update: none, differential_privacy, secure_aggregation
+max_epsilon: null                # the most that a run may tell of one row, by noise that is made here; null is any
 hours: null                      # when tasks are done, local time, such as "20:00-06:00"; null is always
 
 max_gpu_memory_gb: null          # GPU memory that a task may use; null is all of it
@@ -155,10 +161,19 @@ def refusals(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, upd
 def protections(asked: Asked) -> frozenset[str]:
     """What protects the update of a task, of the values of ``require``.
 
-    This version has neither differential privacy nor secure aggregation, so that a policy that requires one refuses
-    every task.
+    Differential privacy counts where the owner itself makes the noise, for its rows. That of clients is the
+    coordinator's to make, and an owner who requires protection does not take its word. Secure aggregation is not there
+    yet, so that a policy that requires it refuses every task.
     """
-    return frozenset({"none"})
+    own = {"differential_privacy"} if _most_epsilon(asked.privacy) < math.inf else set()
+    return frozenset({"none", *own})
+
+
+def _most_epsilon(privacy: Privacy | None) -> float:
+    """What a run may tell of one row by the owner's own noise; infinite where nothing bounds it."""
+    if not isinstance(privacy, SamplePrivacy):
+        return math.inf
+    return privacy.epsilon or privacy.max_epsilon or math.inf
 
 
 def within_hours(hours: str, now: time) -> bool:
@@ -191,7 +206,10 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, up
         yield _problem("columns", _said(columns_read(policy)), f"a recipe that reads {_said(asked.columns)}")
     if policy.require not in protections(asked):
         what = policy.require.replace("_", " ")
-        yield _problem("require", f"an update that is protected by {what}", "a flocktune that can not do that yet")
+        yield _problem("require", f"an update that is protected by {what}", "a recipe without it")
+    if policy.max_epsilon is not None and not _most_epsilon(asked.privacy) <= policy.max_epsilon:
+        got = f"one with {_most_epsilon(asked.privacy):g}"
+        yield _problem("max_epsilon", f"a recipe that tells of a row at most epsilon {policy.max_epsilon:g}", got)
     if policy.hours is not None and not within_hours(policy.hours, now.time()):
         yield _problem("hours", policy.hours, f"{now:%H:%M}")
     if rounds_taken >= policy.max_rounds:

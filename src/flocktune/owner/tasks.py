@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from flocktune.algorithms.private_rows import BudgetSpent
 from flocktune.audit import AuditLog, nonces, rounds_taken, updates_taken
 from flocktune.config.schema import EMBEDDED, ModelConfig, RunConfig, RuntimeConfig
 from flocktune.data.encoding import default_cache_folder
@@ -28,11 +29,12 @@ from flocktune.federated import KINDS, OwnersSide, owners_side, write_bundle_ten
 from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle
 from flocktune.models.load import pick_device
-from flocktune.owner.home import AUDIT, POLICY
+from flocktune.owner.home import AUDIT, POLICY, PRIVACY_KEY
 from flocktune.owner.leaving import bounded, refuse_large
 from flocktune.owner.memory import load_memory, save_memory
 from flocktune.owner.policy import GB, Asked, Policy, columns_read, load_policy, refusals
 from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
+from flocktune.privacy.noise import read_or_make_key
 from flocktune.protection import around_client
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
@@ -153,7 +155,8 @@ class Owner:
         model = replace(config.model, path=self.model or EMBEDDED, trust_remote_code=False)
         lora = replace(config.lora, start_from=None)
         mine = replace(config, data=data, model=model, lora=lora, runtime=RuntimeConfig(device=self.device))
-        return owners_side(mine, self.client, self.data, bundle)
+        secret = read_or_make_key(self.home / PRIVACY_KEY) if config.privacy else None
+        return owners_side(mine, self.client, self.data, bundle, secret)
 
     def _limit(self, policy: Policy) -> None:
         """GPU memory: what is above the owner's limit fails in the allocation, and the task with it.
@@ -179,6 +182,7 @@ class Owner:
             task_bytes=task_bytes,
             rows=rows,
             columns=config.data.columns,
+            privacy=config.privacy,
         )
 
     def _named_models(self, config: RunConfig, task: ClientTask, bundle: Bundle | None) -> list[str]:
@@ -262,7 +266,7 @@ def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update
 
     reply, after = answer(task, kept, memory)
     if isinstance(reply, Failure):
-        if isinstance(raised[0], NotFinite | UpdateRefused):
+        if isinstance(raised[0], NotFinite | UpdateRefused | BudgetSpent):
             raise Refused(reply.reason)
         raise Failed(f"{type(raised[0]).__name__} while training; the owner's own log says more", reply.reason)
     return reply, after

@@ -65,6 +65,9 @@ def outcome(experiment: Experiment) -> str:
     sent = travelled(key, summaries[key], "bytes_up")
     if sent:
         parts.append(f"All clients together sent {format_bytes(sent)}; no row of data left its owner.")
+    privacy = summaries[key].get("privacy")
+    if isinstance(privacy, Mapping) and privacy.get("said"):
+        parts.append(f"Differential privacy: {privacy['said']}.")
     return " ".join(part for part in parts if part)
 
 
