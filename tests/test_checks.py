@@ -1,8 +1,8 @@
-"""The rule language of flocktune.evaluation.checks, rule by rule."""
+"""The rule language of flocktune.data.checks, rule by rule."""
 
 import pytest
 
-from flocktune.evaluation.checks import passes
+from flocktune.data.checks import passes
 
 RHYME = {"contains": ["Tom", "goat"], "ends_with": ["coat"], "min_words": 4, "max_words": 8}
 

@@ -35,7 +35,9 @@ def batch(labels: int = 7) -> Batch:
     """Three rows of 16 tokens, without padding; the last ``labels`` tokens of each are targets."""
     ids = torch.arange(TOKENS).view(ROWS, LENGTH) * 5 % VOCABULARY
     places = torch.arange(TOKENS).view(ROWS, LENGTH)[:, -labels - 1 : -1].flatten()
-    return Batch(ids, None, places, ids[:, -labels:].flatten(), np.arange(ROWS), np.full(ROWS, LENGTH))
+    return Batch(
+        ids, None, places, ids[:, -labels:].flatten(), np.arange(ROWS), np.full(ROWS, LENGTH), np.full(ROWS, labels)
+    )
 
 
 def full(layers: int, lora: LoraConfig = LORA) -> Adapter:

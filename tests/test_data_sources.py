@@ -171,7 +171,7 @@ def test_the_embedded_data_and_the_public_data_have_names_and_share_no_prompt() 
     assert {row.category for row in public} == {row.category for row in private}
     assert not {(row.instruction, row.context) for row in public} & {(row.instruction, row.context) for row in private}
     assert source_digest(EMBEDDED_PUBLIC) != source_digest(EMBEDDED)
-    with pytest.raises(UserError, match=r"'embedded', or 'embedded-public'"):
+    with pytest.raises(UserError, match=r"'embedded-preferences', or 'embedded-public'"):
         locate("embedded-publik")
 
 

@@ -60,6 +60,7 @@ def batch_of(chosen: Sequence[tuple[list[int], int]], *, packed: bool = False) -
         label_index=torch.tensor(labels, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         rows=len(chosen),
+        units=len(targets),
         tokens=sum(len(ids) for ids, _ in chosen),
     )
     batch.to = lambda device: batch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flocktune.evaluation.checks import passes
+from flocktune.data.checks import passes
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "src" / "flocktune" / "assets" / "world"

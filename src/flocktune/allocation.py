@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flocktune.algorithms.local import ClientData, steps_per_round
+from flocktune.algorithms.preferences import Preferences
 from flocktune.algorithms.private_rows import PrivateRows
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import RunConfig, SamplePrivacy
@@ -20,6 +21,7 @@ from flocktune.errors import Problem, UserError
 from flocktune.privacy.noise import derive_key
 from flocktune.resident import Instructions, load_instructions
 from flocktune.seeds import derive_seed
+from flocktune.training import next_token_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,8 @@ class ClientRows:
 def allocate_clients(config: RunConfig) -> ClientRows:
     """Hold out the test rows, then deal the others out to clients. Raises UserError."""
     data = config.data
-    train = load_instructions(data.train, data, config.model)
+    pairs = config.local.on_pairs
+    train = load_instructions(data.train, data, config.model, pairs=pairs)
     usable = np.flatnonzero(train.encoded.targets > 0).tolist()
     if data.test is None:
         categories = train.categories
@@ -73,7 +76,7 @@ def allocate_clients(config: RunConfig) -> ClientRows:
         test = train.take([usable[row] for row in held])
         usable = [usable[row] for row in kept]
     else:
-        test = load_instructions(data.test, replace(data, max_rows=None), config.model)
+        test = load_instructions(data.test, replace(data, max_rows=None), config.model, pairs=pairs)
     rows = np.array(usable, dtype=np.int64)
     partition: Partition = allocate(
         config.allocation,
@@ -105,9 +108,13 @@ def hold_out_own(
 
 
 def client_data(
-    config: RunConfig, pad_id: int, data: ClientRows, secret: bytes | None = None
+    config: RunConfig,
+    pad_id: int,
+    data: ClientRows,
+    secret: bytes | None = None,
+    preferences: Preferences | None = None,
 ) -> Callable[[str], ClientData]:
-    """Each client's own rows, as batches.
+    """Each client's own rows, as batches, and what is minimised on them; asked anew for every task.
 
     ``secret``: of which the keys of clients' own noise are made, where the recipe hides rows; without one it can not.
     """
@@ -131,6 +138,7 @@ def client_data(
 
     def of(client: str) -> ClientData:
         rows = data.clients[client]
+        loss = preferences.loss() if preferences else None
         return ClientData(
             len(rows),
             int(encoded.targets[rows].sum()),
@@ -145,6 +153,8 @@ def client_data(
                 epochs=epochs,
             ),
             private(client),
+            loss or next_token_loss,
+            loss.metrics if loss else dict,
         )
 
     return of
@@ -153,7 +163,7 @@ def client_data(
 def check_rows(parts: Sequence[Instructions], model: Any) -> None:
     """Raise UserError when a row has more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(rows.encoded.lengths.max(initial=0)) for rows in parts)
+    longest = max(rows.encoded.longest for rows in parts)
     if positions is not None and longest > positions:
         raise UserError(
             Problem(

@@ -17,6 +17,7 @@ from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
 from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.algorithms.personal import with_ditto, with_fine_tuning
+from flocktune.algorithms.preferences import PreferenceLoss, Preferences, no_adapter, with_its_reference
 from flocktune.algorithms.private_rows import accounted
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
 from flocktune.config.capabilities import correction_of, personal_of
@@ -26,6 +27,7 @@ from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import (
     Availability,
+    Dpo,
     LocalConfig,
     LoraConfig,
     Named,
@@ -117,9 +119,11 @@ def federation(
     refuse_leaks(config, base)
     check_context(config, data, base.model)
     rounds = 0 if config.method == "base" else config.rounds
-    clients = client_data(config, base.pad_id, data, secret)
+    preferences = preferences_of(config, base.adapter)
+    clients = client_data(config, base.pad_id, data, secret, preferences)
     identity = identity_of(config, data)
-    client = around_client(config, adapter_client(config, base.adapter, clients, local, rounds=rounds))
+    half = adapter_client(config, base.adapter, clients, local, rounds=rounds)
+    client = around_client(config, with_its_reference(half, preferences))
     personal = personal_of(config)
     if isinstance(personal, FineTune):  # around all: what it makes does not travel
         client = with_fine_tuning(client, personal, base.adapter, clients, local)
@@ -196,7 +200,8 @@ def adapter_client(
 
 def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, secret: bytes | None = None) -> ClientHalf:
     """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
-    clients = client_data(config, emulated.base.pad_id, data, secret)
+    preferences = preferences_of(config, emulated.base.adapter, emulated)
+    clients = client_data(config, emulated.base.pad_id, data, secret, preferences)
 
     def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
         return fedbiot.client_half(
@@ -213,7 +218,7 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, sec
         )
 
     half = drift.corrected_client(correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER))
-    return accounted(half, lambda client: clients(client).private)
+    return with_its_reference(accounted(half, lambda client: clients(client).private), preferences)
 
 
 def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientData], rows: ClientRows) -> ServerHalf:
@@ -230,6 +235,33 @@ def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientD
         "equal": len(clients),
     }
     return drift.corrected_server(correction, half, float(weights[config.aggregation.weights]))
+
+
+def preferences_of(config: RunConfig, adapter: Adapter, emulated: Emulated | None = None) -> Preferences | None:
+    """What clients need for preference tuning, if the recipe asks for it; of an emulator they train some factors."""
+    if not isinstance(config.local.loss, Dpo):
+        return None
+    return Preferences(config.local.loss, adapter, trained_names(adapter, emulated))
+
+
+def trained_names(adapter: Adapter, emulated: Emulated | None = None) -> list[str]:
+    """The factors that clients train."""
+    return [name for name in adapter.parameters if emulated is None or emulated.bundle.plan.in_adapter(name)]
+
+
+def evaluation_loss(fed: Assembly, base: Base) -> PreferenceLoss | None:
+    """The loss of held-out preference rows in ``base``, the model or the emulator; None for instructions."""
+    dpo, emulated = fed.config.local.loss, fed.emulated
+    if not isinstance(dpo, Dpo):
+        return None
+    on_emulator = emulated is not None and base is emulated.base
+    if dpo.reference == "base":
+        names = trained_names(base.adapter, emulated if on_emulator else None)
+        return PreferenceLoss(dpo, base.adapter, no_adapter(base.adapter, names))
+    if emulated is None:
+        return PreferenceLoss(dpo, base.adapter, fed.start)
+    start = {name: fed.start[name] for name in trained_names(emulated.base.adapter, emulated)}
+    return PreferenceLoss(dpo, base.adapter, start if on_emulator else emulated.bundle.plan.to_full(start))
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from flocktune.algorithms.local import training_only
+from flocktune.algorithms.preferences import Preferences
 from flocktune.algorithms.prefix import PrefixCache
-from flocktune.config.schema import EmulatorConfig, RunConfig
+from flocktune.config.schema import Dpo, EmulatorConfig, RunConfig
 from flocktune.data.batching import Batch, training_batches
 from flocktune.data.encoding import Encoded
 from flocktune.models.layers import layer_stack, layers_of
@@ -125,7 +126,7 @@ def client_cost(
         return {}
     try:
         batch = _first_batch(config, base.pad_id, rows, clients[cohort[0]], cohort[0])
-        steps = _steps(base.adapter, batch, plan, config.emulator or EmulatorConfig())
+        steps = _steps(base.adapter, batch, plan, config)
     except Exception as error:  # whatever it is: a finished run must not fail for being measured
         _LOG.warning("the summary is without client_cost: %s", error)
         return {}
@@ -169,13 +170,21 @@ def _first_batch(config: RunConfig, pad_id: int, rows: Encoded, mine: NDArray[np
     return next(iter(batches))
 
 
-def _steps(adapter: Adapter, batch: Batch, plan: SplitPlan | None, settings: EmulatorConfig) -> list[StepCost]:
-    """A client's first step, and with a cached emulator the same rows' step in a later epoch."""
+def _steps(adapter: Adapter, batch: Batch, plan: SplitPlan | None, config: RunConfig) -> list[StepCost]:
+    """A client's first step, and with a cached emulator the same rows' step in a later epoch.
+
+    In preference tuning a row's first step has the reference's forward pass in it.
+    """
+    trained = [name for name in adapter.parameters if plan is None or plan.in_adapter(name)]
+    dpo, loss = config.local.loss, next_token_loss
+    if isinstance(dpo, Dpo):
+        loss = Preferences(dpo, adapter, trained).loss()
     if plan is None:
-        with training_only(adapter, adapter.parameters):
-            return [measure_step(adapter.model, batch)]
-    prefix = PrefixCache(adapter.model, plan.stack, plan.frozen, settings)
-    with training_only(adapter, [name for name in adapter.parameters if plan.in_adapter(name)]):
+        with training_only(adapter, trained):
+            return [measure_step(adapter.model, batch, loss)]
+    settings = config.emulator or EmulatorConfig()
+    prefix = PrefixCache(adapter.model, plan.stack, plan.frozen, settings, above=loss)
+    with training_only(adapter, trained):
         times = 1 if settings.cache == "none" else 2
         return [measure_step(adapter.model, batch, prefix.loss) for _ in range(times)]
 

@@ -224,7 +224,7 @@ def pair_of(config: RunConfig, emulated: Emulated) -> tuple[Base, Pair]:
 def every_token(encoded: Encoded) -> Encoded:
     """The same rows with every token a target but each row's first."""
     trainable = np.ones(len(encoded.tokens), np.bool_)
-    trainable[encoded.offsets[:-1][encoded.lengths > 0]] = False
+    trainable[encoded.offsets[:-1][np.diff(encoded.offsets) > 0]] = False
     return replace(encoded, trainable=trainable)
 
 

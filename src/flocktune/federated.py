@@ -16,8 +16,16 @@ import numpy as np
 import torch
 
 from flocktune.algorithms import fedavg, fedbiot
+from flocktune.algorithms.preferences import with_its_reference
 from flocktune.allocation import ClientRows, check_rows, client_data
-from flocktune.assemble import Assembly, adapter_client, emulator_client, federation, refuse_leaks
+from flocktune.assemble import (
+    Assembly,
+    adapter_client,
+    emulator_client,
+    federation,
+    preferences_of,
+    refuse_leaks,
+)
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
@@ -86,7 +94,9 @@ def server_side(
     nobodys = _no_rows(sha256_bytes("\n".join(sorted(clients)).encode()))
     test = nobodys
     if config.data.test is not None:
-        test = load_instructions(config.data.test, replace(config.data, max_rows=None), config.model)
+        test = load_instructions(
+            config.data.test, replace(config.data, max_rows=None), config.model, pairs=config.local.on_pairs
+        )
     data = ClientRows(nobodys, test, {name: np.zeros(0, np.int64) for name in sorted(clients)}, 0)
     return federation(config, own_bundle, data, secret)
 
@@ -120,15 +130,17 @@ def owners_side(
         refuse_code(emulator.folder)
         config = replace(config, model=replace(config.model, path=str(emulator.folder)))
     own = replace(config, data=replace(config.data, train=data, test=None))
-    train = load_instructions(data, own.data, own.model)
+    train = load_instructions(data, own.data, own.model, pairs=own.local.on_pairs)
     rows = np.flatnonzero(train.encoded.targets > 0)
     if not len(rows):
         raise UserError(Problem(data, "rows to learn from", f"{len(train.examples)} rows, none with an answer"))
     mine = ClientRows(train, _no_rows(""), {client: rows}, 0)
     if emulator is None:
         base = load_base(own.model, own.lora, own.runtime.device)
-        batches = client_data(own, base.pad_id, mine, secret)
+        preferences = preferences_of(own, base.adapter)
+        batches = client_data(own, base.pad_id, mine, secret, preferences)
         half = adapter_client(own, base.adapter, batches, own.local, rounds=own.rounds)
+        half = with_its_reference(half, preferences)
         server = fedavg.server_half(own.aggregation)
     else:
         emulated = load_emulator(own, emulator)

@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from flocktune.algorithms.personal import FINE_TUNE, own_adapters
-from flocktune.assemble import Assembly
+from flocktune.assemble import Assembly, evaluation_loss
 from flocktune.config.capabilities import personal_of
 from flocktune.config.load import config_digest
 from flocktune.config.personal import FineTune
-from flocktune.evaluation.evaluate import category_loss
+from flocktune.evaluation.evaluate import category_loss, pair_means
 from flocktune.evaluation.generate import evaluating
 from flocktune.evaluation.spread import spread
 from flocktune.interfaces import Engine, Memory
@@ -71,6 +71,7 @@ def _losses(fed: Assembly, result: Tensors, adapters: Mapping[str, Tensors]) -> 
     """Client -> its loss with its adapter of ``adapters``, or with ``result``."""
     base, found = fed.base, {}
     batch_size = fed.config.evaluation.batch_size
+    preferences = evaluation_loss(fed, base)
     loaded: Tensors | None = None
     with evaluating(base.model):
         for client, rows in fed.data.own_test.items():
@@ -78,8 +79,12 @@ def _losses(fed: Assembly, result: Tensors, adapters: Mapping[str, Tensors]) -> 
             if adapter is not loaded:
                 base.adapter.load(adapter)
                 loaded = adapter
-            encoded = fed.data.train.encoded
-            found[client] = category_loss(base.model, encoded, rows.tolist(), batch_size=batch_size, pad_id=base.pad_id)
+            what = (base.model, fed.data.train.encoded, rows.tolist())
+            if preferences:
+                told = pair_means(*what, preferences, batch_size=batch_size, pad_id=base.pad_id)
+                found[client] = told["loss"]
+            else:
+                found[client] = category_loss(*what, batch_size=batch_size, pad_id=base.pad_id)
     return found
 
 

@@ -5,9 +5,10 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
+from flocktune.algorithms.preferences import with_reference
 from flocktune.compression.transform import compression
 from flocktune.config.privacy_rules import privacy_in_force
-from flocktune.config.schema import FEDERATED, Poisson, RunConfig, UserPrivacy
+from flocktune.config.schema import FEDERATED, Dpo, Poisson, RunConfig, UserPrivacy
 from flocktune.engine.client import transformed
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
 from flocktune.privacy.clients import ClientPrivacy, clipping, noised
@@ -32,6 +33,8 @@ def around_server(config: RunConfig, server: ServerHalf, clients: int = 1, secre
 
     ``clients``: how many there are; ``secret``: the run's key. Only the server that steps needs them.
     """
+    if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
+        server = with_reference(server)
     privacy = client_privacy(config, clients)
     return noised(server, privacy, secret) if privacy else server
 

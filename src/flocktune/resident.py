@@ -85,8 +85,11 @@ def _load_base(model: ModelConfig, lora: LoraConfig, device: str) -> Base:
 
 
 @lru_cache(maxsize=4)
-def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Instructions:
-    """Read and encode one data set, from the token cache where it can. Raises UserError."""
+def load_instructions(source: str, data: DataConfig, model: ModelConfig, *, pairs: bool = False) -> Instructions:
+    """Read and encode one data set, from the token cache where it can; ``pairs``: as preference data.
+
+    Raises UserError.
+    """
     examples = read_examples(source, data.columns, max_rows=data.max_rows)
     encoded, report = encode_cached(
         examples,
@@ -96,6 +99,7 @@ def load_instructions(source: str, data: DataConfig, model: ModelConfig) -> Inst
         train_on=data.train_on,
         digest=examples_digest(examples),
         folder=default_cache_folder(),
+        pairs=pairs,
     )
     if report.untrainable:
         _LOG.warning(

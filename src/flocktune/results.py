@@ -123,7 +123,10 @@ def find_run(path: Path, method: str | None = None) -> Path:
 
 
 def evaluate_on(tuned: Tuned, data: str | None = None, max_rows: int | None = None) -> Evaluation:
-    """Evaluate on a data source, or on the run's own held-out rows. Raises UserError."""
+    """Evaluate on a data source, or on the run's own held-out rows. Raises UserError.
+
+    Of preference data the chosen answers are the ones to give.
+    """
     config, base = tuned.config, tuned.base
     if data is None:
         rows = allocate_clients(config).test
@@ -133,7 +136,7 @@ def evaluate_on(tuned: Tuned, data: str | None = None, max_rows: int | None = No
         base.model,
         base.tokenizer,
         rows.examples,
-        rows.encoded,
+        rows.encoded.chosen(),
         settings=config.evaluation,
         template=config.data.template,
         max_tokens=config.data.max_tokens,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flocktune.algorithms.drift import methods_own
+from flocktune.algorithms.preferences import PREFERENCE_METRICS
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.assemble import Assembly
 from flocktune.config.privacy_rules import privacy_in_force
@@ -164,6 +165,7 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
         "answered": list(record.clients),
         "failures": [{"client": failure.client, "reason": failure.reason} for failure in record.failures],
         "train_loss": told["loss"].value,
+        **{name: record.metrics[name].value for name in PREFERENCE_METRICS if name in record.metrics},
         "clients": clients,
         "update_norm": record.update_norm,
         "aggregation_error": record.diagnostics.get("aggregation_error"),

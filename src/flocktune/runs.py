@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from flocktune.algorithms import drift, fedavg, fedbiot
-from flocktune.assemble import Assembly, engine_of, federation
+from flocktune.assemble import Assembly, engine_of, evaluation_loss, federation
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import FEDERATED
@@ -277,4 +277,5 @@ def evaluate_adapter(fed: Assembly, base: Base, adapter: Tensors, max_rows: int 
         max_tokens=config.data.max_tokens,
         pad_id=base.pad_id,
         max_rows=max_rows,
+        preferences=evaluation_loss(fed, base),
     )

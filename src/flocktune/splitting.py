@@ -85,12 +85,19 @@ def _write_rows(path: Path, examples: Sequence[Example], client: str | None = No
 
 def _row(example: Example) -> dict[str, object]:
     """A row that is read back to the same example."""
+    row: dict[str, object]
     if example.history:
         turns = [{"role": turn.role, "content": turn.content} for turn in example.history]
         turns.append({"role": "user", "content": example.instruction})
-        if example.response:
-            turns.append({"role": "assistant", "content": example.response})
-        row: dict[str, object] = {"messages": turns}
+        if example.rejected is not None:
+            row = {"prompt": turns, "chosen": example.response, "rejected": example.rejected}
+        elif example.response:
+            row = {"messages": [*turns, {"role": "assistant", "content": example.response}]}
+        else:
+            row = {"messages": turns}
+    elif example.rejected is not None:
+        row = {"instruction": example.instruction, "context": example.context}
+        row |= {"chosen": example.response, "rejected": example.rejected}
     else:
         row = {"instruction": example.instruction, "context": example.context, "response": example.response}
     row["category"] = example.category

@@ -1,7 +1,7 @@
 """The local loop: one function, with the loss and the penalty as arguments.
 
 Loss is negative log-likelihood in nats, summed; a step's gradient is that sum divided by all the
-step's label tokens, so that k micro-batches of b rows are one batch of k * b rows.
+step's label tokens (on pairs of answers: by its pairs), so that k micro-batches of b rows are one batch of k * b rows.
 
 Shapes: B rows, T tokens, N label positions in a batch, D width, V vocabulary.
 """
@@ -42,26 +42,31 @@ class NotFinite(FlocktuneError):
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood in nats of ``batch.targets``, summed: a float32 scalar.
+    """Negative log-likelihood in nats of ``batch.targets``, summed: a float32 scalar."""
+    return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="sum")
 
-    The head sees hidden states at the N label positions only ([1, N, D] instead of [B, T, D]), which
-    is exact because all that follows it acts on each position alone.
+
+def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits at the N label positions, float32 [N, V].
+
+    The head sees hidden states there only ([1, N, D] instead of [B, T, D]), which is exact because all that follows
+    it acts on each position alone.
     """
     with _only_at(model, batch.label_index):
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets, reduction="sum")
+    return logits.flatten(0, 1).float()
 
 
 def mean_gradient(
     model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], group: Sequence[Batch], loss: Loss
 ) -> Tensor:
-    """The gradient of the mean loss over all label tokens of ``group``."""
+    """The gradient of the mean loss over all label tokens of ``group``, or all its pairs."""
     device = next(iter(parameters.values())).device
-    labels = sum(batch.targets.numel() for batch in group)
+    units = sum(batch.units for batch in group)
     total = torch.zeros((), device=device)
     for batch in group:
         nats = loss(model, batch.to(device))
-        (nats / max(1, labels)).backward()
+        (nats / max(1, units)).backward()
         total += nats.detach()
     return total
 
@@ -144,7 +149,7 @@ def fit(
 
     Takes ``settings.steps * accumulate`` micro-batches, or all of them when ``steps`` is None. The schedule runs over
     ``total_steps``, of which ``first_step`` lie behind. ``seed`` fixes dropout; no global random state
-    moves. Metrics: ``loss`` (nats a label token, without the penalty), ``tokens`` and ``steps`` (a client).
+    moves. Metrics: ``loss`` (nats a label token, or a pair; without the penalty), ``tokens`` and ``steps`` (a client).
 
     Raises NotFinite when the loss or a parameter is not finite at the end, and UserError without batches.
     The loop never waits for the device: losses stay there until the last step.
@@ -153,7 +158,7 @@ def fit(
     device = trained[0].device
     optimizer = _optimizer(trained, settings)
     step_losses: list[Tensor] = []
-    labels = tokens = 0
+    units = tokens = 0
     limit = None if settings.steps is None else settings.steps * settings.accumulate
     with training_mode(model, trained), _seeded(device, seed):
         for step, group in enumerate(_groups(islice(batches, limit), settings.accumulate), start=first_step):
@@ -168,14 +173,14 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step_losses.append(total)
-            labels += sum(batch.targets.numel() for batch in group)
+            units += sum(batch.units for batch in group)
             tokens += sum(batch.tokens for batch in group)
     if not step_losses:
         raise UserError(Problem("data", "at least one batch to train on", "none", "Give this client more rows."))
     nats_by_step = torch.stack(step_losses).double().cpu()
     _check_finite(nats_by_step, parameters, first_step)
     return {
-        "loss": Mean(float(nats_by_step.sum()), labels),
+        "loss": Mean(float(nats_by_step.sum()), units),
         "tokens": Mean(tokens, 1),
         "steps": Mean(len(step_losses), 1),
     }

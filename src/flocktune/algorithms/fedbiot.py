@@ -153,7 +153,7 @@ def client_half(
         mine = data(task.client)
         rows_seen = local.steps * local.accumulate * local.batch_size if local.steps else 0
         again = rows_seen > mine.examples if local.steps else (local.epochs or 0) > 1
-        prefix = PrefixCache(emulator.model, plan.stack, plan.frozen, settings, keep=again)
+        prefix = PrefixCache(emulator.model, plan.stack, plan.frozen, settings, keep=again, above=mine.loss)
         update = train_locally(
             emulator, adapter, task, mine, local, weights,
             rounds=rounds, loss=prefix.loss, penalty=penalty, adjust=adjust,

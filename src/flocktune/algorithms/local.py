@@ -33,16 +33,19 @@ from flocktune.types import ClientTask, Mean, Tensors, Update
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's instructions, ready to train on.
+    """One client's instructions, or pairs of answers, ready to train on.
 
     ``batches(seed, steps, epochs)`` yields micro-batches; ``examples`` and ``tokens`` (label tokens) are what it
-    may weigh by. ``private``: rows that are hidden from everybody; batches are then theirs.
+    may weigh by. ``private``: rows that are hidden from everybody; batches are then theirs. ``loss`` is the one for
+    these batches; ``told`` gives what it has to tell beside its mean.
     """
 
     examples: int
     tokens: int
     batches: Callable[[int, int | None, int | None], Iterable[Batch]]
     private: PrivateRows | None = None
+    loss: Loss = next_token_loss
+    told: Callable[[], Mapping[str, Mean]] = dict
 
 
 def train_locally(
@@ -54,15 +57,16 @@ def train_locally(
     weights: str,
     *,
     rounds: int,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
     penalty: Penalty | None = None,
     gradient: Gradient = mean_gradient,
     adjust: Adjust | None = None,
 ) -> Update:
     """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
 
-    ``penalty`` is added to that of the recipe. ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed
-    for a learning rate that runs over the whole run. The same task gives the same update. Raises NotFinite.
+    ``loss``: default, that of ``data``. ``penalty`` is added to that of the recipe. ``weights``: ``examples``,
+    ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the whole run. The same task gives
+    the same update. Raises NotFinite.
     """
     # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
     received = {name: received[name] for name in adapter.parameters if name in received}
@@ -89,11 +93,12 @@ def train_locally(
             first_step=steps * task.round if whole_run else 0,
             penalty=_sum_of(penalties),
             seed=derive_seed(task.seed, "dropout"),
-            loss=loss,
+            loss=loss or data.loss,
             gradient=gradient,
             adjust=adjust,
         )
     weight = {"examples": data.examples, "tokens": data.tokens, "equal": 1}[weights]
+    metrics |= data.told()
     metrics["data_seconds"] = Mean(batches.seconds, 1)
     return Update(subtract(adapter.tensors(received), received), float(weight), 1, metrics)
 

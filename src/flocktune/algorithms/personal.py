@@ -23,7 +23,7 @@ from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.lora import Adapter
 from flocktune.seeds import derive_seed
 from flocktune.tensors import group, prefixed
-from flocktune.training import Loss, NotFinite, next_token_loss, proximal_penalty
+from flocktune.training import Loss, NotFinite, proximal_penalty
 from flocktune.types import ClientTask, Tensors, Update
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def with_ditto(
     *,
     rounds: int,
     trained: Callable[[Tensors], Tensors] = lambda received: received,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> ClientHalf:
     """``half``, and after it the training of the client's own adapter.
 
@@ -81,7 +81,7 @@ def with_fine_tuning(
     data: Callable[[str], ClientData],
     local: LocalConfig,
     *,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> ClientHalf:
     """``half``, which also answers tasks of kind :data:`FINE_TUNE`. Their rate's schedule is one of their own."""
     lr = local.lr if settings.lr is None else settings.lr

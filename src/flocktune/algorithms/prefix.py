@@ -3,7 +3,7 @@
 The layers below the first trained one change nothing in a round, and no dropout is on in them; so a row's hidden
 states there are the same in every local epoch, whatever rows it shares a batch with.
 
-R rows of a batch, T tokens, D width.
+R rows (sequences) of a batch, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flocktune.config.schema import EmulatorConfig
 from flocktune.data.batching import Batch
 from flocktune.models.layers import hidden_states, layers_of, starting_from
-from flocktune.training import next_token_loss
+from flocktune.training import Loss, next_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +31,21 @@ class PrefixCache:
 
     They are kept in memory (that of the model's device), or on disk, in a file without a name. All states pass through
     ``settings.cache_dtype``, kept or not: how many fit changes a result only by the rounding of matrix products, whose
-    order of sums depends on which rows are computed together. ``keep``: whether any row will come again.
+    order of sums depends on which rows are computed together. ``keep``: whether any row will come again. ``above``:
+    the loss, which may take more than one forward pass.
     """
 
     def __init__(
-        self, model: PreTrainedModel, stack: str, layer: int, settings: EmulatorConfig, *, keep: bool = True
+        self,
+        model: PreTrainedModel,
+        stack: str,
+        layer: int,
+        settings: EmulatorConfig,
+        *,
+        keep: bool = True,
+        above: Loss = next_token_loss,
     ) -> None:
-        self.model, self.stack, self.layer = model, stack, layer
+        self.model, self.stack, self.layer, self.above = model, stack, layer, above
         self.dtype = torch.bfloat16 if settings.cache_dtype == "bfloat16" else None
         keep = keep and layer > 0  # below the first layer there is only the embedding
         self.left = settings.cache_mb * 2**20 if keep and settings.cache != "none" else 0
@@ -48,9 +56,9 @@ class PrefixCache:
         self.computed_rows = 0
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """As :func:`next_token_loss`, through the layers from ``layer`` on."""
+        """As ``above``, through the layers from ``layer`` on."""
         with starting_from(model, self.stack, self.layer, self.states(batch)):
-            return next_token_loss(model, batch)
+            return self.above(model, batch)
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:

@@ -111,8 +111,8 @@ class PrivateRows:
             if len(taken):
                 yield collate(self.encoded, taken, batching="padded", pad_id=self.pad_id)
             else:
-                nothing = torch.zeros(0, dtype=torch.int64)
-                yield Batch(nothing.view(0, 0), None, nothing, nothing, np.zeros(0, np.int64), np.zeros(0, np.int64))
+                nothing, none = torch.zeros(0, dtype=torch.int64), np.zeros(0, np.int64)
+                yield Batch(nothing.view(0, 0), None, nothing, nothing, none, none, none)
 
     def settings_of(self, local: LocalConfig) -> LocalConfig:
         """The local loop's settings for :meth:`lots`: one batch a step."""
@@ -273,4 +273,5 @@ def parts_of(batch: Batch, rows: int) -> Iterator[Batch]:
             targets=batch.targets[torch.cat(picked)],
             index=batch.index[chosen],
             lengths=lengths,
+            labels=batch.labels[chosen],
         )

@@ -15,7 +15,7 @@ from itertools import combinations
 from flocktune.config.drift import Correction, FedDyn, Scaffold
 from flocktune.config.personal import Ditto, FineTune, Personal
 from flocktune.config.privacy_rules import privacy_in_force
-from flocktune.config.schema import FEDERATED, RunConfig, SamplePrivacy, ServerSgd, UserPrivacy
+from flocktune.config.schema import FEDERATED, Dpo, RunConfig, SamplePrivacy, ServerSgd, UserPrivacy
 from flocktune.errors import Problem
 
 
@@ -47,6 +47,15 @@ FEATURES: Mapping[str, Feature] = {
         "base, local, centralised", "method", lambda config: config.method not in FEDERATED, ("method=centralised",)
     ),
     "fedbiot": Feature("FedBiOT", "method", lambda config: config.method == "fedbiot", ("method=fedbiot",)),
+    "dpo": Feature(
+        "preference tuning (DPO)", "local.loss", lambda config: config.local.on_pairs, ("local.loss={kind: dpo}",)
+    ),
+    "reference": Feature(
+        "the start as DPO's reference",
+        "local.loss.reference",
+        lambda config: isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start",
+        ("lora.start_from=ADAPTER", "local.loss={kind: dpo, reference: start}"),
+    ),
     "buffered": Feature(
         "buffered rounds",
         "scheduling.buffered",
@@ -122,6 +131,7 @@ _UNCOUNTED = "A personal adapter is trained on the rows in steps that the rows' 
 REFUSED: Mapping[tuple[str, str], str] = {
     ("fedbiot", "ditto"): _NO_FULL_MODEL,
     ("fedbiot", "fine_tune"): _NO_FULL_MODEL,
+    ("reference", "fine_tune"): "The result that is fine-tuned comes without the adapter that the run started from.",
     ("buffered", "scaffold"): _STALE,
     ("buffered", "feddyn"): _STALE,
     ("forgetful", "scaffold"): _LOST,
@@ -132,6 +142,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("feddyn", "user_privacy"): _WHO_CAME,
     ("ditto", "sample_privacy"): _UNCOUNTED,
     ("fine_tune", "sample_privacy"): _UNCOUNTED,
+    ("dpo", "sample_privacy"): "A pair is two sequences, and gradients are clipped one sequence at a time.",
 }
 """Two features, in any order -> why they can not go together."""
 

@@ -218,6 +218,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     if isinstance(selection, schema.Named) and len(set(selection.clients)) < len(selection.clients):
         twice = next(name for name in selection.clients if selection.clients.count(name) > 1)
         yield Problem("scheduling.selection.clients", "every client once", f"{twice!r} more than once")
+    yield from _preference_checks(config)
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
@@ -230,6 +231,23 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     if config.method in schema.FEDERATED and config.scheduling.buffered is not None:
         yield from _buffered_checks(config, config.scheduling.buffered)
     yield from privacy_problems(config)
+
+
+def _preference_checks(config: RunConfig) -> Iterator[Problem]:
+    """What preference tuning needs of data and adapter."""
+    loss, columns = config.local.loss, config.data.columns
+    if not isinstance(loss, schema.Dpo):
+        return
+    if config.data.train_on != "responses":
+        fix = "A prompt is the same for both answers, so it can not say which one is better."
+        yield Problem("data.train_on", "responses with local.loss dpo", config.data.train_on, fix)
+    for name in ("response", "messages"):
+        if getattr(columns, name) is not None:
+            fix = "Name the two answers in data.columns.chosen and data.columns.rejected."
+            yield Problem(f"data.columns.{name}", "null with local.loss dpo", repr(getattr(columns, name)), fix)
+    if loss.reference == "start" and config.lora.start_from is None:
+        fix = "Name an adapter in lora.start_from, or set local.loss.reference=base: a fresh adapter is the base."
+        yield Problem("local.loss.reference", "base without lora.start_from", "start", fix)
 
 
 def _buffered_checks(config: RunConfig, buffered: schema.Buffered) -> Iterator[Problem]:

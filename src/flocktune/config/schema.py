@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from flocktune.config.compression import CompressionConfig
 from flocktune.config.drift import Correction, FedDyn, Scaffold  # noqa: F401 - kinds of this recipe
 from flocktune.config.engines import Engine, InProcessEngine
+from flocktune.config.losses import Dpo, LocalLoss, NextToken
 from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
 from flocktune.config.personal import Ditto, FineTune, Personal  # noqa: F401
 from flocktune.config.privacy import (  # noqa: F401 - every part of a recipe is named here: see the end of the file
@@ -29,6 +30,9 @@ EMBEDDED = "embedded"
 
 EMBEDDED_PUBLIC = "embedded-public"
 """Names the public data that comes with the package: for the server, no row of it is in the embedded data."""
+
+EMBEDDED_PREFERENCES = "embedded-preferences"
+"""Names the embedded data with a wrong answer beside each right one (:mod:`flocktune.data.preferences`)."""
 
 FEDERATED = ("fedit", "fedbiot")
 """The methods in which clients learn together; the others are baselines with one client, or none."""
@@ -69,7 +73,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; None means: found by the usual names (Dolly, Alpaca, chat, prompt/completion)."""
+    """Which column holds what; None means: found by the usual names (Dolly, Alpaca, chat, prompt/completion).
+
+    ``chosen`` and ``rejected`` are the two answers of preference data: texts, or lists of messages.
+    """
 
     instruction: str | None = None
     context: str | None = None
@@ -77,6 +84,8 @@ class Columns:
     messages: str | None = None
     category: str | None = None
     client: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ class DataConfig:
     """Where the instructions are and how they become tokens.
 
     ``train``/``test``: a JSON, JSONL, CSV or Parquet file, a saved Hugging Face dataset folder, a folder
-    of one file per client (allocation ``natural``), a hub id, or ``embedded``. Without ``test``,
-    ``test_rows_per_category`` rows of each category are held out of ``train`` first.
+    of one file per client (allocation ``natural``), a hub id, ``embedded``, or ``embedded-preferences``. Without
+    ``test``, ``test_rows_per_category`` rows of each category are held out of ``train`` first.
     ``max_tokens`` bounds prompt + response; the prompt is cut first, down to a quarter of it.
     """
 
@@ -271,11 +280,12 @@ class SchedulingConfig:
 class LocalConfig:
     """One client's training in one round. Exactly one of ``steps`` (optimiser steps) and ``epochs`` is set.
 
-    ``batch_size``: rows a micro-batch; ``accumulate``: micro-batches a step. ``clip_norm``: bound of the
-    gradient's Euclidean norm, 0 is off. ``schedule_over``: whether the learning rate's schedule restarts
-    in every round or runs once over all rounds. ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off; its distance is
-    that of the factors A and B, or (FedBiOT) of their products ``scale * B A``: ``proximal_on``. ``correction`` of
-    client drift: SCAFFOLD or FedDyn, None is off; baselines ignore it.
+    ``loss``: instruction or preference tuning. ``batch_size``: rows, of preference data pairs, a micro-batch;
+    ``accumulate``: micro-batches a step. ``clip_norm``: bound of the gradient's Euclidean norm, 0 is off.
+    ``schedule_over``: whether the learning rate's schedule restarts in every round or runs once over all rounds.
+    ``proximal_mu``: FedProx (arXiv 1812.06127), 0 is off; its distance is that of the factors A and B, or (FedBiOT) of
+    their products ``scale * B A``: ``proximal_on``. ``correction`` of client drift: SCAFFOLD or FedDyn, None is off;
+    baselines ignore it.
     """
 
     steps: Positive | None = None
@@ -293,6 +303,12 @@ class LocalConfig:
     proximal_mu: NonNegative = 0.0
     proximal_on: Literal["factors", "products"] = "factors"
     correction: Correction | None = None
+    loss: LocalLoss = field(default_factory=NextToken)
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether a row is a pair of answers."""
+        return isinstance(self.loss, Dpo)
 
 
 # --- aggregation -----------------------------------------------------------------------------------

@@ -47,7 +47,16 @@ class Claim:
     better: str
     than: str
     metric: Literal[
-        "checked", "rouge_l", "exact_match", "contains", "loss", "perplexity", "loss_std", "loss_worst_tenth"
+        "checked",
+        "rouge_l",
+        "exact_match",
+        "contains",
+        "reward_accuracy",
+        "prefers_chosen",
+        "loss",
+        "perplexity",
+        "loss_std",
+        "loss_worst_tenth",
     ]
     dataset: str = "held_out"
 

@@ -1,6 +1,6 @@
 """From encoded rows to batches: which rows together, in which order, padded or packed.
 
-B batch, T tokens, N label positions, R rows (B when padded).
+B batch, T tokens, N label positions, R sequences (B when padded).
 
 Either way a batch holds the same rows and the same targets, so its loss is the same. Padded rows need
 no attention mask: padding is on the right, and causal attention never looks there. Packed rows lie end
@@ -39,8 +39,10 @@ class Batch:
     position_ids: int64 [B, T] when packed (restarts at 0 for every row), else None
     label_index:  int64 [N], flat positions b * T + t whose NEXT token is trained
     targets:      int64 [N], those next tokens
-    index:        int64 [R], which rows these are, in the order in which they lie in input_ids
+    index:        int64 [R], which sequences these are, in the order in which they lie in input_ids
     lengths:      int64 [R], their tokens
+    labels:       int64 [R], their label positions
+    pairs:        the first half are prompts with chosen answers, the other half the same with rejected ones
     """
 
     input_ids: Tensor
@@ -49,11 +51,18 @@ class Batch:
     targets: Tensor
     index: Indices
     lengths: Indices
+    labels: Indices
+    pairs: bool = False
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """How many sequences."""
         return len(self.index)
+
+    @property
+    def units(self) -> int:
+        """What a mean loss is the mean over: label tokens, or pairs."""
+        return len(self.index) // 2 if self.pairs else len(self.targets)
 
     @property
     def tokens(self) -> int:
@@ -74,7 +83,8 @@ class Batch:
 
 def collate(rows: Encoded, indices: Sequence[int] | Indices, *, batching: Batching, pad_id: int) -> Batch:
     """Put rows ``indices`` of ``rows`` into one batch: [B, longest] padded, or [1, all tokens] packed."""
-    pieces = [rows.rows(int(index)) for index in indices]
+    index = rows.sequences(indices)
+    pieces = [rows.rows(int(sequence)) for sequence in index]
     lengths = np.array([len(tokens) for tokens, _ in pieces], np.int64)
     flat = np.concatenate([tokens for tokens, _ in pieces]).astype(np.int64)
     trainable = np.concatenate([mask for _, mask in pieces])
@@ -93,13 +103,16 @@ def collate(rows: Encoded, indices: Sequence[int] | Indices, *, batching: Batchi
         case _:
             assert_never(batching)
     labels = np.flatnonzero(trainable & (within > 0))
+    ends = np.cumsum(lengths)
     return Batch(
         input_ids=torch.from_numpy(grid),
         position_ids=positions,
         label_index=torch.from_numpy(place[labels] - 1),
         targets=torch.from_numpy(flat[labels]),
-        index=np.asarray(indices, np.int64),
+        index=index,
         lengths=lengths,
+        labels=np.diff(np.searchsorted(labels, np.concatenate([[0], ends]))),
+        pairs=rows.pairs,
     )
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from flocktune.data.examples import Example
 from flocktune.data.rows import encode_prompt_row, encode_rows, fit_prompt, shorten
 from flocktune.data.templates import Template, Tokenizer
+from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -37,38 +38,61 @@ class Encoded:
     """Rows of tokens, flat.
 
     tokens:    int32 [total]
-    trainable: bool [total], whether this token is a target; never true for a row's first token
-    offsets:   int64 [rows + 1], row i is [offsets[i], offsets[i + 1])
+    trainable: bool [total], whether this token is a target; never true for a sequence's first token
+    offsets:   int64 [sequences + 1], sequence i is [offsets[i], offsets[i + 1])
+    pairs:     of preference data: row i is sequence i, the prompt with the chosen answer, and sequence len(self) + i,
+               the same prompt with the rejected one. Else a row is a sequence.
     """
 
     tokens: NDArray[np.int32]
     trainable: NDArray[np.bool_]
     offsets: NDArray[np.int64]
+    pairs: bool = False
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // (2 if self.pairs else 1)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, int64 [rows]."""
-        return np.diff(self.offsets)
+        """Tokens of each row, of a pair those of both sequences, int64 [rows]."""
+        return self._by_row(np.diff(self.offsets)).sum(axis=0)
 
     @cached_property
     def targets(self) -> NDArray[np.int64]:
-        """Trainable tokens of each row, int64 [rows]."""
+        """Trainable tokens of each row, int64 [rows]; 0 for a pair of which either answer has none."""
         before = np.concatenate([[0], np.cumsum(self.trainable, dtype=np.int64)])
-        return np.diff(before[self.offsets])
+        counts = self._by_row(np.diff(before[self.offsets]))
+        return np.where(counts.all(axis=0), counts.sum(axis=0), 0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(np.diff(self.offsets).max(initial=0))
+
+    def sequences(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which sequences ``rows`` consist of: of pairs all chosen ones, then all rejected ones in the same order."""
+        first = np.asarray(rows, np.int64)
+        return np.concatenate([first, len(self) + first]) if self.pairs else first
+
+    def chosen(self) -> Encoded:
+        """The rows with their chosen answers alone, views of these: instructions again."""
+        end = self.offsets[len(self)]
+        return Encoded(self.tokens[:end], self.trainable[:end], self.offsets[: len(self) + 1])
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Encoded:
         """Only these rows, in this order, copied."""
-        pieces = [self.rows(int(row)) for row in rows]
+        pieces = [self.rows(int(sequence)) for sequence in self.sequences(rows)]
         lengths = [0, *(len(tokens) for tokens, _ in pieces)]
         tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in pieces)])
         trainable = np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in pieces)])
-        return Encoded(tokens, trainable, np.cumsum(lengths, dtype=np.int64))
+        return Encoded(tokens, trainable, np.cumsum(lengths, dtype=np.int64), self.pairs)
+
+    def _by_row(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A number of each sequence as [1 or 2, rows]."""
+        return numbers.reshape(2 if self.pairs else 1, len(self))
 
     def rows(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokens and mask of one row, views of [length]."""
+        """Tokens and mask of one sequence, views of [length]."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[span], self.trainable[span]
 
@@ -85,31 +109,51 @@ class EncodingReport:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, template: Template, max_tokens: int, train_on: TrainOn
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    template: Template,
+    max_tokens: int,
+    train_on: TrainOn,
+    pairs: bool = False,
 ) -> tuple[Encoded, EncodingReport]:
     """Encode every example into at most ``max_tokens`` tokens.
 
     A row is the tokenizer's begin-of-text token (if it has one and the template did not write it),
     then the segments; its end-of-text token follows every complete answer and is trained. A response
-    that is cut has no end. Raises UserError when the template does not fit the tokenizer.
+    that is cut has no end. ``pairs``: both answers of preference data, after the same prompt, which is no target.
+    Raises UserError when the template does not fit the tokenizer, or an example of ``pairs`` has one answer only.
     """
     if tokenizer.eos_token_id is None and template != "chat":
         logger.warning("the tokenizer has no end-of-text token: answers can not be taught to end")
-    tokens: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
-    trainable: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    lengths: list[int] = [0]
+    answered = [examples, _with_rejected(examples)] if pairs else [examples]
+    columns: list[list[tuple[NDArray[np.int32], NDArray[np.bool_]]]] = [[] for _ in answered]
     truncated = 0
-    for example, row in zip(examples, encode_rows(examples, tokenizer, template), strict=True):
-        if len(row.tokens) > max_tokens:
-            row = shorten(row, example, tokenizer, template, max_tokens)
+    in_step = zip(*(encode_rows(part, tokenizer, template) for part in answered), strict=True)
+    for example, rows in zip(examples, in_step, strict=True):
+        if max(len(row.tokens) for row in rows) > max_tokens:
+            rows = tuple(shorten(rows, example, tokenizer, template, max_tokens))
             truncated += 1
-        mask = np.array(row.trainable, np.bool_) if train_on == "responses" else np.ones(len(row.tokens), np.bool_)
-        mask[:1] = False
-        tokens.append(np.array(row.tokens, np.int32))
-        trainable.append(mask)
-        lengths.append(len(row.tokens))
-    encoded = Encoded(np.concatenate(tokens), np.concatenate(trainable), np.cumsum(lengths, dtype=np.int64))
+        for column, row in zip(columns, rows, strict=True):
+            mask = np.array(row.trainable, np.bool_) if train_on == "responses" else np.ones(len(row.tokens), np.bool_)
+            mask[: row.answer if pairs else 1] = False
+            column.append((np.array(row.tokens, np.int32), mask))
+    pieces = [piece for column in columns for piece in column]
+    tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in pieces)])
+    trainable = np.concatenate([np.zeros(0, np.bool_), *(mask for _, mask in pieces)])
+    lengths = [0, *(len(tokens) for tokens, _ in pieces)]
+    encoded = Encoded(tokens, trainable, np.cumsum(lengths, dtype=np.int64), pairs)
     return encoded, report(encoded, truncated)
+
+
+def _with_rejected(examples: Sequence[Example]) -> list[Example]:
+    """The examples with the rejected answer as their response. Raises UserError where there is none."""
+    alone = sum(example.rejected is None for example in examples)
+    if alone:
+        got = f"{alone} of {len(examples)} rows with one answer only"
+        fix = "Name their columns in data.columns.chosen and data.columns.rejected."
+        raise UserError(Problem("data", "rows with a chosen and a rejected answer (local.loss dpo)", got, fix))
+    return [replace(example, response=example.rejected or "") for example in examples]
 
 
 def report(encoded: Encoded, truncated: int) -> EncodingReport:
@@ -149,6 +193,7 @@ def encode_cached(
     train_on: TrainOn,
     digest: str,
     folder: Path,
+    pairs: bool = False,
 ) -> tuple[Encoded, EncodingReport]:
     """As :func:`encode`, but kept in ``folder`` for the next time.
 
@@ -162,13 +207,16 @@ def encode_cached(
         "template": asdict(template) if is_dataclass(template) else template,
         "max_tokens": max_tokens,
         "train_on": train_on,
+        **({"pairs": True} if pairs else {}),
     }
     name = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
     path = folder / f"{name}.arrow"
     kept = read_arrow(path)
     if kept is not None and len(kept[0]) == len(examples):
         return kept
-    encoded, made = encode(examples, tokenizer, template=template, max_tokens=max_tokens, train_on=train_on)
+    encoded, made = encode(
+        examples, tokenizer, template=template, max_tokens=max_tokens, train_on=train_on, pairs=pairs
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_arrow(path, encoded, made.truncated)
@@ -202,7 +250,7 @@ def write_arrow(path: Path, encoded: Encoded, truncated: int) -> None:
         "trainable": pa.LargeListArray.from_arrays(offsets, pa.array(encoded.trainable.view(np.uint8))),
     }
     batch = pa.RecordBatch.from_pydict(columns)
-    facts = {"truncated": str(truncated), "sha256": _content_digest(encoded)}
+    facts = {"truncated": str(truncated), "pairs": str(encoded.pairs), "sha256": _content_digest(encoded)}
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema.with_metadata(facts)) as writer:
         writer.write_batch(batch.replace_schema_metadata(facts))
@@ -222,6 +270,7 @@ def read_arrow(path: Path) -> tuple[Encoded, EncodingReport] | None:
             tokens.values.to_numpy(zero_copy_only=True),
             trainable.values.to_numpy(zero_copy_only=True).view(np.bool_),
             tokens.offsets.to_numpy(zero_copy_only=True),
+            facts.get("pairs") == "True",
         )
         if facts["sha256"] != _content_digest(encoded):
             raise ValueError("the contents do not match their digest")

@@ -2,8 +2,9 @@
 
 Understood by their column names (or as :class:`~flocktune.config.schema.Columns` tells): Dolly
 (instruction, context, response, category), Alpaca (instruction, input, output), prompt and
-completion, question and answer (GSM8K), and chat rows (``messages`` of role and content, or
-``conversations`` of from and value).
+completion, question and answer (GSM8K), chat rows (``messages`` of role and content, or
+``conversations`` of from and value), and preference rows (``chosen`` and ``rejected``, beside a prompt or
+as whole conversations, as TRL's data sets have them).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Example:
 
     ``history`` is an optional system message, then pairs of user and assistant messages; each of its
     assistant turns is trained on as well. ``response`` may be empty. ``client`` is the row's owner if
-    it has one. ``check`` is the rule that decides whether an answer is right, if there is one.
+    it has one. ``check`` is the rule that decides whether an answer is right, if there is one. ``rejected``: in
+    preference data, the answer that was liked less than ``response``.
     """
 
     instruction: str
@@ -49,6 +51,7 @@ class Example:
     category: str = EVERYTHING
     client: str | None = None
     check: Mapping[str, Any] | None = None
+    rejected: str | None = None
 
 
 _USUAL: Mapping[str, tuple[str, ...]] = {
@@ -58,6 +61,8 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     "response": ("response", "output", "completion", "answer"),
     "category": ("category",),
     "client": ("client", "client_id"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -72,6 +77,7 @@ _ROLES: Mapping[str, Role] = {
 def find_layout(names: Sequence[str], columns: Columns, where: str) -> Columns:
     """Choose the columns by the recipe first, by their usual names else; ``messages`` or a pair stays None.
 
+    A row with ``chosen`` and ``rejected`` is a preference row, unless the recipe names its response or messages.
     ``where`` is the file for the message. Raises UserError naming every column that is missing and
     the columns there are.
     """
@@ -89,6 +95,10 @@ def find_layout(names: Sequence[str], columns: Columns, where: str) -> Columns:
         return told[field] or next((name for name in _USUAL[field] if name in names and name not in taken), None)
 
     category, client = pick("category"), pick("client")
+    chosen, rejected = pick("chosen"), pick("rejected")
+    if chosen and rejected and not (told["response"] or told["messages"]):
+        prompt = Columns(pick("instruction"), pick("context"), category=category, client=client)
+        return replace(prompt, chosen=chosen, rejected=rejected)
     pairs_told = told["instruction"] or told["response"]
     messages = None if pairs_told and not told["messages"] else pick("messages")
     if messages:
@@ -142,7 +152,8 @@ def examples_digest(examples: Iterable[Example]) -> str:
     sha = hashlib.sha256()
     for example in examples:
         turns = [(message.role, message.content) for message in example.history]
-        sha.update(json.dumps([example.instruction, example.context, example.response, turns]).encode())
+        second = [] if example.rejected is None else [example.rejected]
+        sha.update(json.dumps([example.instruction, example.context, example.response, turns, *second]).encode())
     return sha.hexdigest()
 
 
@@ -168,7 +179,9 @@ def _example(row: Mapping[str, Any], layout: Columns, where: str, client: str | 
         problems.append(Problem(f"{where}, column {column!r}", "text", f"{type(value).__name__} {_short(value)}"))
         return ""
 
-    if layout.messages:
+    if layout.chosen and layout.rejected:
+        example = replace(_preferred(row, layout, where, problems.append), context=text(layout.context))
+    elif layout.messages:
         example = _from_turns(_messages(row[layout.messages], f"{where}, column {layout.messages!r}", problems.append))
     else:
         example = Example(text(layout.instruction), text(layout.context), text(layout.response))
@@ -180,6 +193,41 @@ def _example(row: Mapping[str, Any], layout: Columns, where: str, client: str | 
     return replace(example, category=category, client=owner, check=rule or None)
 
 
+def _preferred(row: Mapping[str, Any], layout: Columns, where: str, report: Callable[[Problem], None]) -> Example:
+    """Read a preference row: two answers, as texts or messages, to one prompt.
+
+    The prompt is a column of its own, a text or messages; or both answers are whole conversations that begin with it.
+    """
+    prompt = row.get(layout.instruction) if layout.instruction else None
+    opening = prompt if isinstance(prompt, list) else [] if prompt is None else [{"role": "user", "content": prompt}]
+
+    def conversation(column: str) -> list[Message]:
+        answer = row.get(column)
+        place = f"{where}, column {column!r}"
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": "" if answer is None else answer}]
+        begins = answer and isinstance(answer[0], Mapping) and _role(answer[0]) != "assistant"
+        turns = answer if begins else [*opening, *answer]
+        if not begins and not opening:
+            expected = "a column for the prompt, or messages that begin with it"
+            report(Problem(place, expected, "neither", "Name the column in data.columns.instruction."))
+            return []
+        read = _messages(turns, place, report)
+        if read and read[-1].role != "assistant":
+            report(Problem(place, "an answer at the end", "a question"))
+            return []
+        return read
+
+    chosen, rejected = conversation(str(layout.chosen)), conversation(str(layout.rejected))
+    if chosen and rejected and chosen[:-1] != rejected[:-1]:
+        report(Problem(where, "two answers to one prompt", "chosen and rejected differ before their last message"))
+    return replace(_from_turns(chosen), rejected=rejected[-1].content if rejected else None)
+
+
+def _role(item: Mapping[str, Any]) -> Role | None:
+    return _ROLES.get(str(item.get("role", item.get("from"))))
+
+
 def _messages(value: Any, where: str, report: Callable[[Problem], None]) -> list[Message]:
     """Read a chat row: an optional system message, then user and assistant in turn."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -188,7 +236,7 @@ def _messages(value: Any, where: str, report: Callable[[Problem], None]) -> list
     turns: list[Message] = []
     for number, item in enumerate(value, start=1):
         fields = item if isinstance(item, Mapping) else {}
-        role = _ROLES.get(str(fields.get("role", fields.get("from"))))
+        role = _role(fields)
         content = fields.get("content", fields.get("value"))
         if role is None or not _is_text(content):
             expected = "a role (system, user, assistant) and a text as content"

@@ -74,14 +74,27 @@ def encode_prompt_row(example: Example, tokenizer: Tokenizer, template: Template
     return _assemble(row, _tokenize([segment.text for segment in row], tokenizer, template), False, tokenizer)
 
 
-def shorten(row: Row, example: Example, tokenizer: Tokenizer, template: Template, max_tokens: int) -> Row:
-    """Cut the prompt to what the response leaves of ``max_tokens``, then the response's end if need be."""
-    response, flags = row.tokens[row.answer :], row.trainable[row.answer :]
-    room = max(max_tokens - len(response), max_tokens // PROMPT_SHARE)
-    prompt = Row(row.tokens[: row.answer], row.trainable[: row.answer], row.answer)
+def shorten(
+    rows: Sequence[Row], example: Example, tokenizer: Tokenizer, template: Template, max_tokens: int
+) -> list[Row]:
+    """Cut the prompt to what the longest response leaves of ``max_tokens``, then a response's end if need be.
+
+    ``rows``: the responses to one prompt, each after it; afterwards it is still the same for all.
+    """
+    longest = max(len(row.tokens) - row.answer for row in rows)
+    room = max(max_tokens - longest, max_tokens // PROMPT_SHARE)
+    first = rows[0]
+    prompt = Row(first.tokens[: first.answer], first.trainable[: first.answer], first.answer)
     prompt = fit_prompt(prompt, example, tokenizer, template, room)
-    left = max_tokens - prompt.answer
-    return Row(prompt.tokens + response[:left], prompt.trainable + flags[:left], prompt.answer)
+    end = max_tokens - prompt.answer
+    return [
+        Row(
+            prompt.tokens + row.tokens[row.answer :][:end],
+            prompt.trainable + row.trainable[row.answer :][:end],
+            prompt.answer,
+        )
+        for row in rows
+    ]
 
 
 def fit_prompt(prompt: Row, example: Example, tokenizer: Tokenizer, template: Template, room: int) -> Row:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from flocktune.assets import embedded_data, embedded_public
-from flocktune.config.schema import EMBEDDED, EMBEDDED_PUBLIC, Columns
+from flocktune.config.schema import EMBEDDED, EMBEDDED_PREFERENCES, EMBEDDED_PUBLIC, Columns
 from flocktune.data.examples import Example, to_examples
+from flocktune.data.preferences import preference_rows
 from flocktune.errors import Problem, UserError
 from flocktune.files import sha256_path
 
@@ -34,8 +35,8 @@ SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.].*)?")
 def read_examples(source: str, columns: Columns, *, max_rows: int | None = None) -> list[Example]:
     """Read the rows of ``source``, at most ``max_rows`` of them.
 
-    ``source``: ``embedded`` or ``embedded-public``; a .json, .jsonl, .csv or .parquet file; a saved
-    Hugging Face data set; a folder of files named by split, or of one file per client (then the file's
+    ``source``: ``embedded``, ``embedded-preferences`` or ``embedded-public``; a .json, .jsonl, .csv or .parquet
+    file; a saved Hugging Face data set; a folder of files named by split, or of one file per client (then the file's
     name without suffix is ``Example.client``); a hub id ``owner/name``. A ``:split`` may follow the last
     three; it is ``train`` by default. Raises UserError for what is missing, empty, or malformed (file and line).
     """
@@ -72,7 +73,7 @@ def source_digest(source: str) -> str:
 
 def locate(source: str) -> tuple[Path | None, str | None]:
     """The local path and split that ``source`` means; neither for a hub id. Raises UserError for neither."""
-    if source == EMBEDDED:
+    if source in (EMBEDDED, EMBEDDED_PREFERENCES):
         return embedded_data(), None
     if source == EMBEDDED_PUBLIC:
         return embedded_public(), None
@@ -86,7 +87,8 @@ def locate(source: str) -> tuple[Path | None, str | None]:
     raise UserError(
         Problem(
             source,
-            f"a file ({', '.join(SUFFIXES)}), a folder, a hub id, {EMBEDDED!r}, or {EMBEDDED_PUBLIC!r}",
+            f"a file ({', '.join(SUFFIXES)}), a folder, a hub id, {EMBEDDED!r}, {EMBEDDED_PREFERENCES!r},"
+            f" or {EMBEDDED_PUBLIC!r}",
             "nothing there",
         )
     )
@@ -95,7 +97,9 @@ def locate(source: str) -> tuple[Path | None, str | None]:
 def _tables(source: str) -> Iterator[tuple[Rows, str | None]]:
     """The tables of rows that ``source`` consists of, each with the client that owns it, if one does."""
     path, split = locate(source)
-    if path is None:
+    if source == EMBEDDED_PREFERENCES:
+        yield _preferences_of(_rows_of_file(embedded_data())), None
+    elif path is None:
         yield _rows_of_hub(source), None
     elif path.is_file():
         yield _rows_of_file(path), None
@@ -103,6 +107,13 @@ def _tables(source: str) -> Iterator[tuple[Rows, str | None]]:
         yield _rows_of_saved(path, split), None
     else:
         yield from ((_rows_of_file(file), client) for file, client in _files_of_folder(path, split))
+
+
+def _preferences_of(rows: Rows) -> Rows:
+    """The embedded rows, which are sound, with two answers each."""
+    sound = [row for _, row in rows if isinstance(row, Mapping)]
+    for number, row in enumerate(preference_rows(sound), start=1):
+        yield f"{EMBEDDED_PREFERENCES}, row {number}", row
 
 
 # --- files -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from flocktune.algorithms.preferences import PREFERENCE_METRICS, PreferenceLoss, measure_preferences
 from flocktune.config.schema import EvaluationConfig
 from flocktune.data.batching import evaluation_batches
 from flocktune.data.encoding import Encoded, encode_prompt
@@ -45,7 +46,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per category: how many rows, and a table of means; ``loss`` is in nats a token, scores are in [0, 1]."""
+    """Per category: how many rows, and a table of means; ``loss`` is in nats a token, scores are in [0, 1].
+
+    Of preference data, a row is a pair of answers, ``loss`` is nats a pair, and the other means are
+    :data:`~flocktune.algorithms.preferences.PREFERENCE_METRICS`.
+    """
 
     categories: Mapping[str, Mapping[str, Mean]]
     rows: Mapping[str, int]
@@ -53,7 +58,7 @@ class Evaluation:
 
     @property
     def overall(self) -> dict[str, Mean]:
-        """All categories merged: means over tokens (loss) and over rows (scores)."""
+        """All categories merged: means over tokens (loss) and over rows (scores, and all of preference data)."""
         merged: dict[str, Mean] = {}
         for table in self.categories.values():
             merged = merge_metrics(merged, table)
@@ -62,7 +67,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """``{"overall": {name: value, ..., "rows": n}, "categories": {name: the same}}``, ready for JSON.
 
-        Perplexity is exp of the mean loss. What could not be measured is None, what was not asked for absent.
+        Perplexity is exp of the mean loss; pairs have none. What could not be measured is None, what was not asked for
+        absent.
         """
         return {
             "overall": _values(self.overall, sum(self.rows.values())),
@@ -81,18 +87,28 @@ def evaluate(
     max_tokens: int,
     pad_id: int,
     max_rows: int | None = None,
+    preferences: PreferenceLoss | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``examples``; row i of ``encoded`` is example i, encoded for training.
 
     Loss: summed over batches that never mix categories, so it is exact. Answers, when
     ``settings.generate``: greedy, to prompts as they stand in training. ``max_rows`` evaluates that many
-    rows, spread evenly over the categories' rows, and always the same ones. The model is in evaluation
-    mode meanwhile. Raises UserError when ``settings.max_new_tokens`` leaves no room for a prompt.
+    rows, spread evenly over the categories' rows, and always the same ones. ``preferences``: the loss of preference
+    data; no answers are written then. The model is in evaluation mode meanwhile. Raises UserError when
+    ``settings.max_new_tokens`` leaves no room for a prompt.
     """
     chosen = choose_rows(examples, max_rows)
     by_category: dict[str, list[int]] = {}
     for index in chosen:
         by_category.setdefault(examples[index].category, []).append(index)
+    counts = {name: len(rows) for name, rows in by_category.items()}
+    if preferences is not None:
+        with evaluating(model):
+            pairs = {
+                name: pair_means(model, encoded, rows, preferences, batch_size=settings.batch_size, pad_id=pad_id)
+                for name, rows in by_category.items()
+            }
+        return Evaluation(pairs, counts)
     with evaluating(model):
         tables = {
             name: {"loss": category_loss(model, encoded, rows, batch_size=settings.batch_size, pad_id=pad_id)}
@@ -105,7 +121,7 @@ def evaluate(
     for answer in answers:
         means = {name: Mean(value, 1) for name, value in answer.scores.items()}
         tables[answer.example.category] = merge_metrics(tables[answer.example.category], means)
-    return Evaluation(tables, {name: len(rows) for name, rows in by_category.items()}, tuple(answers))
+    return Evaluation(tables, counts, tuple(answers))
 
 
 def choose_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
@@ -131,6 +147,17 @@ def category_loss(model: Any, encoded: Encoded, rows: Sequence[int], *, batch_si
     return Mean(total, count)
 
 
+def pair_means(
+    model: Any, encoded: Encoded, rows: Sequence[int], loss: PreferenceLoss, *, batch_size: int, pad_id: int
+) -> dict[str, Mean]:
+    """Means over the pairs ``rows`` of which both answers have a label; nothing when there is none."""
+    trainable = [index for index in rows if encoded.targets[index] > 0]
+    if not trainable:
+        return {}
+    batches = evaluation_batches(encoded, trainable, batch_size=batch_size, batching="padded", pad_id=pad_id)
+    return measure_preferences(loss.anew(), model, (batch for _, batch in batches))
+
+
 def _answer_all(
     model: Any,
     tokenizer: Any,
@@ -149,7 +176,9 @@ def _answer_all(
 
 
 def _values(table: Mapping[str, Mean], rows: int) -> dict[str, float | int | None]:
-    values = {name: _or_none(table[name].value) for name in ("loss", *SCORES) if name in table}
+    values = {name: _or_none(table[name].value) for name in ("loss", *SCORES, *PREFERENCE_METRICS) if name in table}
+    if any(name in table for name in PREFERENCE_METRICS):
+        return {**values, "rows": rows}
     loss = table.get("loss", Mean()).value
     # exp overflows above 709 nats a token, where only a broken model is
     values["perplexity"] = _or_none(math.exp(loss)) if loss < 700 else None

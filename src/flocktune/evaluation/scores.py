@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flocktune.evaluation.checks import passes
+from flocktune.data.checks import passes
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

@@ -96,8 +96,7 @@ class Adapter:
     def load(self, tensors: Tensors) -> None:
         """Set every factor. Raises UserError naming each name, shape, dtype or value that does not fit."""
         UserError.raise_all(f"adapter: {problem}" for problem in mismatches(self.parameters, tensors))
-        for name, value in self.parameters.items():
-            value.copy_(tensors[name])
+        self._set(tensors)
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -120,6 +119,29 @@ class Adapter:
         finally:
             for layer, enabled in zip(self.layers.values(), before, strict=True):
                 layer.enabled = enabled
+
+    @contextmanager
+    def holding(self, tensors: Tensors) -> Iterator[None]:
+        """Inside, the factors named in ``tensors`` have these values and no dropout is on; afterwards all is as it was.
+
+        For forward passes without gradients.
+        """
+        before = {name: self.parameters[name].detach().clone() for name in tensors}
+        training = [layer.training for layer in self.layers.values()]
+        self._set(tensors)
+        for layer in self.layers.values():
+            layer.training = False
+        try:
+            yield
+        finally:
+            self._set(before)
+            for layer, was in zip(self.layers.values(), training, strict=True):
+                layer.training = was
+
+    @torch.no_grad()
+    def _set(self, tensors: Tensors) -> None:
+        for name, value in tensors.items():
+            self.parameters[name].copy_(value)
 
     def detach(self) -> PreTrainedModel:
         """Give the model its own modules back: it is as it was before :func:`attach`."""

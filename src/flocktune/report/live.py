@@ -187,7 +187,8 @@ def _short(divergence: float) -> str:
 
 def _scores(event: Mapping[str, Any]) -> str:
     overall = event.get("overall") or {}
-    shown = [name for name in ("checked", "exact_match", "rouge_l") if number(overall.get(name)) is not None]
+    names = ("checked", "exact_match", "rouge_l", "reward_accuracy", "prefers_chosen")
+    shown = [name for name in names if number(overall.get(name)) is not None]
     shown = [*shown[:2], *(["loss"] if number(overall.get("loss")) is not None else [])]  # fits 80 columns
     texts = (
         f"{METRIC_NAMES[name].lower()} {format_metric(name, Value(overall[name]))}{' %' if name in SHARES else ''}"

@@ -30,6 +30,7 @@ _SAYS = {
     "rouge_l": "reaches a ROUGE-L of {} on the held-out rows",
     "exact_match": "gives {} of the held-out answers exactly",
     "contains": "gives {} of the held-out answers somewhere in its own",
+    "reward_accuracy": "gives the chosen answer the higher reward in {} of the held-out pairs",
     "loss": "reaches a held-out loss of {} nats a token",
 }
 

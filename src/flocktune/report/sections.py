@@ -24,6 +24,7 @@ from flocktune.report.summaries import (
     method_label,
     metric,
     number,
+    on_pairs,
     plain_dataset,
     travelled,
 )
@@ -56,7 +57,8 @@ def curves(experiment: Experiment) -> list[tuple[str, Markup]]:
     """Training loss, then every held-out metric that was measured more than once: (title, picture)."""
     charts = [_training_loss(experiment)]
     for dataset in datasets(experiment.summaries):
-        names = [name for name in ("loss", "checked", "rouge_l", "exact_match") if _measured(experiment, dataset, name)]
+        shown = ("loss", "checked", "rouge_l", "exact_match", "reward_accuracy", "prefers_chosen")
+        names = [name for name in shown if _measured(experiment, dataset, name)]
         charts += [_evaluations(experiment, dataset, name) for name in names[:3]]
     main = experiment.methods.get(main_method(experiment)) or []
     for field, title in _HEALTH.items():
@@ -171,7 +173,9 @@ def _training_loss(experiment: Experiment) -> Titled:
         losses = ((event["round"] + 1, number(event.get("train_loss"))) for event in run.rounds)
         return [(float(done), loss) for done, loss in losses if loss is not None]
 
-    return _chart(experiment, points, "Training loss, nats a token", lambda value: f"{value:.2f}")
+    of_pairs = any("reward_accuracy" in event for run in experiment.runs for event in run.rounds)
+    title = f"Training loss, nats a {'pair' if of_pairs else 'token'}"
+    return _chart(experiment, points, title, lambda value: f"{value:.2f}")
 
 
 def _evaluations(experiment: Experiment, dataset: str, name: str) -> Titled:
@@ -185,7 +189,8 @@ def _evaluations(experiment: Experiment, dataset: str, name: str) -> Titled:
         latest = {event["round"]: number((event.get("overall") or {}).get(name)) for event in same}
         return [(float(done), value) for done, value in latest.items() if value is not None]
 
-    title = "Held-out loss, nats a token" if name == "loss" else METRIC_NAMES[name] + ", held-out rows"
+    unit = "pair" if on_pairs(experiment.summaries, dataset) else "token"
+    title = f"Held-out loss, nats a {unit}" if name == "loss" else METRIC_NAMES[name] + ", held-out rows"
     remarks = [dataset] if len(datasets(experiment.summaries)) > 1 else []
     remarks += [f"on {rows} rows"] if len(sizes) > 1 else []
     title = f"{title} ({', '.join(remarks)})" if remarks else title

@@ -170,7 +170,7 @@ def _scores(result: StudyResult, found: Sequence[Row], dataset: str) -> Iterator
     summaries = {f"{row.label}\n{row.setting}": row.summary for row in found}
     headline = headline_metric(summaries, dataset)
     claimed = {claim.metric for claim in result.config.claims if claim.dataset == dataset}
-    wanted = {headline, "rouge_l", "loss", "loss_std", "loss_worst_tenth", *claimed}
+    wanted = {headline, "rouge_l", "prefers_chosen", "loss", "loss_std", "loss_worst_tenth", *claimed}
     wanted |= {"exact_match"} if headline != "checked" else set()
     for name in METRIC_NAMES:
         if name not in wanted or not any(metric(row.summary, dataset, name) for row in found):

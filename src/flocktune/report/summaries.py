@@ -22,6 +22,8 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "exact_match": "Exact match",
     "contains": "Contains",
+    "reward_accuracy": "Reward accuracy",
+    "prefers_chosen": "Prefers chosen",
     "loss": "Loss",
     "perplexity": "Perplexity",
     "loss_std": "Spread of the loss",
@@ -29,7 +31,7 @@ METRIC_NAMES = {
 }
 """How a metric is called on paper; the headline metric is the first of these that was measured."""
 
-SHARES = frozenset({"checked", "exact_match", "contains", "rouge_l"})
+SHARES = frozenset({"checked", "exact_match", "contains", "rouge_l", "reward_accuracy", "prefers_chosen"})
 """Metrics between 0 and 1, shown in percent: more is better. Of the others, less is better."""
 
 _ON_EMULATOR = "_emulator"
@@ -96,9 +98,18 @@ def headline_metric(summaries: Mapping[str, Summary], dataset: str) -> str | Non
 
 
 def table_metrics(summaries: Mapping[str, Summary], dataset: str) -> list[str]:
-    """The columns of a comparison: answers by rule, or exact match and ROUGE-L when there is no rule; the loss."""
+    """The columns of a comparison: answers by rule, or exact match and ROUGE-L when there is no rule; the loss.
+
+    Of preference data: whose chosen answer has the higher reward, and whose the higher probability.
+    """
     scores = ["checked"] if _measured(summaries, dataset, "checked") else ["exact_match", "rouge_l"]
+    scores += ["reward_accuracy", "prefers_chosen"]
     return [name for name in (*scores, "loss") if _measured(summaries, dataset, name)]
+
+
+def on_pairs(summaries: Mapping[str, Summary], dataset: str) -> bool:
+    """Whether the rows are pairs of answers: a loss is then nats a pair, not nats a token."""
+    return _measured(summaries, dataset, "reward_accuracy")
 
 
 def best_methods(summaries: Mapping[str, Summary], dataset: str, name: str) -> set[str]:

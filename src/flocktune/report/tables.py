@@ -174,7 +174,8 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def _headings(names: Sequence[str]) -> list[str]:
-    called = {**METRIC_NAMES, "exact_match": "Exact"}  # every letter counts at 80 columns
+    short = {"exact_match": "Exact", "reward_accuracy": "Reward", "prefers_chosen": "Chosen"}
+    called = {**METRIC_NAMES, **short}  # every letter counts at 80 columns
     return [f"{called[name]} %" if name in SHARES else called[name] for name in names]
 
 
