@@ -127,6 +127,62 @@ def test_adaptive_rules_follow_algorithm_2(kind) -> None:
     assert two_steps(settings, CHANGES).tolist() == pytest.approx(expected, rel=1e-9)
 
 
+RULES = {
+    # Reddi et al., arXiv 2003.00295, algorithm 2, lines 9 to 15: v_t of FedAdagrad, FedYogi, FedAdam
+    "adagrad": lambda v, d2, beta2: v + d2,
+    "yogi": lambda v, d2, beta2: v - (1 - beta2) * d2 * np.sign(v - d2),
+    "adam": lambda v, d2, beta2: beta2 * v + (1 - beta2) * d2,
+}
+
+
+@given(
+    kind=st.sampled_from(sorted(RULES)),
+    lr=st.floats(1e-3, 1.0),
+    beta1=st.sampled_from([0.0, 0.5, 0.9]),
+    beta2=st.sampled_from([0.9, 0.99]),
+    tau=st.sampled_from([1e-4, 1e-3, 1e-1]),
+    seed=st.integers(0, 1000),
+)
+def test_fedopt_over_many_rounds_equals_the_published_algorithm(kind, lr, beta1, beta2, tau, seed) -> None:
+    """Eight rounds of several tensors, in float64, by arrays alone: no bias correction, tau outside the root."""
+    draw = np.random.default_rng(seed)
+    shapes = {"down.lora_A": (2, 3), "down.lora_B": (4, 2), "scalar": ()}
+    x = {name: draw.normal(size=shape) for name, shape in shapes.items()}
+    m = {name: np.zeros(shape) for name, shape in shapes.items()}
+    v = {name: np.full(shape, tau**2) for name, shape in shapes.items()}
+    settings = ServerAdaptive(kind, lr=lr, beta1=beta1, beta2=beta2, tau=tau)
+    parameters = {name: torch.tensor(value) for name, value in x.items()}
+    state = server_opt.init(settings, parameters)
+    for _ in range(8):
+        change = {name: draw.normal(scale=0.1, size=shape) for name, shape in shapes.items()}
+        parameters, state = server_opt.step(
+            settings, parameters, {name: torch.tensor(value) for name, value in change.items()}, state
+        )
+        for name, d in change.items():
+            m[name] = beta1 * m[name] + (1 - beta1) * d
+            v[name] = RULES[kind](v[name], d**2, beta2)
+            x[name] = x[name] + lr * m[name] / (np.sqrt(v[name]) + tau)
+    for name, value in x.items():
+        np.testing.assert_allclose(parameters[name].numpy(), value, rtol=1e-9, atol=1e-12)
+
+
+@given(lr=st.floats(0.01, 2.0), momentum=st.floats(0.0, 0.99), seed=st.integers(0, 1000))
+def test_fedavgm_over_many_rounds_is_sgd_with_momentum_on_the_negative_change(lr, momentum, seed) -> None:
+    """Hsu et al., arXiv 1909.06335: v <- beta v + change, w <- w + v; torch's own SGD says the same."""
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.randn(3, 2, generator=draw, dtype=torch.float64)
+    w = torch.nn.Parameter(start.clone())
+    reference = torch.optim.SGD([w], lr=lr, momentum=momentum)
+    settings, parameters = ServerSgd(lr=lr, momentum=momentum), {"w": start}
+    state = server_opt.init(settings, parameters)
+    for _ in range(8):
+        change = torch.randn(3, 2, generator=draw, dtype=torch.float64)
+        parameters, state = server_opt.step(settings, parameters, {"w": change}, state)
+        w.grad = -change
+        reference.step()
+    torch.testing.assert_close(parameters["w"], w.detach(), rtol=1e-9, atol=1e-12)
+
+
 # --- aggregation error ---------------------------------------------------------------------------------
 
 

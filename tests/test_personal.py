@@ -166,6 +166,17 @@ def test_what_the_own_adapter_meets_does_not_concern_the_update() -> None:
     assert same(update.delta, plain(task, {})[0].delta)
 
 
+def test_the_recipes_own_proximal_term_is_not_that_of_the_own_adapter() -> None:
+    adapter, data, plain = client()
+    task = ClientTask(0, "a", "fedavg", adapter.tensors(), 7, "")
+    before = {f"personal/{name}": value + 0.1 for name, value in task.tensors.items()}
+    own = [
+        group(with_ditto(plain, Ditto(), adapter, data, local, rounds=2)(task, before)[1], "personal")
+        for local in (LOCAL, replace(LOCAL, proximal_mu=5.0))
+    ]
+    assert same(*own)
+
+
 def test_fine_tuning_stays_with_the_client() -> None:
     adapter, data, plain = client()
     half = with_fine_tuning(plain, FineTune(steps=3, lr=2e-2), adapter, data, LOCAL)
@@ -264,6 +275,18 @@ def test_a_run_tells_how_each_client_fares(cli: Cli, world: World, tmp_path: Pat
     page = cli("report", tmp_path / "run")
     assert page.code == 0, page.all
     assert "Client by client" in (tmp_path / "run/report.html").read_text()
+
+
+def test_what_is_lost_on_the_wire_does_not_touch_own_adapters(cli: Cli, world: World, tmp_path: Path) -> None:
+    """Compression with error feedback goes with corrections and with both kinds of own adapters."""
+    for name, personal in {"ditto": "{kind: ditto}", "fine_tune": "{kind: fine_tune, steps: 3}"}.items():
+        overrides = ("compression={format: int8}", "local.correction={kind: scaffold}", f"personal={personal}")
+        found = whole_run(cli, world, tmp_path / name, (*overrides, "evaluation.client_rows=2", "rounds=2"))
+        assert found["metrics"]["clients_own"]["overall"]["loss"] != found["metrics"]["clients"]["overall"]["loss"]
+        told = events(tmp_path / name)
+        assert not any(event.get("failures") for event in told)
+        log = tmp_path / name / "run.log"
+        assert not log.exists() or "no adapter of its own" not in log.read_text()
 
 
 def test_training_longer_on_its_own_rows_lowers_a_clients_loss_on_them(cli: Cli, world: World, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ FEDBIOT = (
     "rounds=2",
     "evaluation.max_rows=2",
 )
+OWN = ("evaluation.client_rows=2", "evaluation.generate=false", "rounds=2")
+REMEMBERED = {
+    "scaffold and ditto": ("local.correction={kind: scaffold}", "personal={kind: ditto, keep: true}", *OWN),
+    "feddyn and fine_tune": ("local.correction={kind: feddyn}", "personal={kind: fine_tune, keep: true}", *OWN),
+}
 NOT_THE_RESULT = {"time", "seconds", "client_seconds_per_step", "peak_memory_bytes", "recipe", "summary", "config"}
 
 
@@ -133,6 +138,21 @@ def test_a_run_on_ray_is_the_run_in_one_process(cluster, world: World, tmp_path:
     api.run(here, tmp_path / "here")
     api.run(replace(here, engine=RayEngine(workers=2)), tmp_path / "ray")
     assert result(tmp_path / "ray") == result(tmp_path / "here")
+
+
+@pytest.mark.parametrize("remembered", REMEMBERED)
+def test_what_clients_remember_is_the_same_on_ray(cluster, world: World, tmp_path: Path, remembered: str) -> None:
+    """Control variates and personal adapters travel with their client's tasks, whichever worker gets them."""
+    here = load_recipe(world.recipe, REMEMBERED[remembered])
+    found = {}
+    for name, config in {"here": here, "ray": replace(here, engine=RayEngine(workers=2))}.items():
+        api.run(config, tmp_path / name)
+        own = sorted((tmp_path / name / "personal").rglob("*.safetensors"))
+        found[name] = [sha256_file(path) for path in own], json.loads((tmp_path / name / "summary.json").read_text())
+    assert found["ray"][0] == found["here"][0]
+    assert found["here"][0]
+    assert found["ray"][1]["metrics"] == found["here"][1]["metrics"]
+    assert found["ray"][1]["adapter_sha256"] == found["here"][1]["adapter_sha256"]
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedbiot"])
