@@ -520,7 +520,7 @@ def test_hours(scene: Scene, bob: Owner, trained: list[str]) -> None:
 
 
 @pytest.mark.parametrize("protection", ["secure_aggregation", "differential_privacy"])
-def test_a_protection_that_this_version_lacks(scene: Scene, bob: Owner, protection: str) -> None:
+def test_a_protection_that_a_recipe_lacks(scene: Scene, bob: Owner, protection: str) -> None:
     policy(bob, f"require: {protection}")
     assert f"protected by {protection.replace('_', ' ')}" in refused(bob, scene.task())
 

@@ -47,9 +47,9 @@ from flocktune.emulation import (
     public_data,
     public_rows,
 )
-from flocktune.engine.client import on_wire
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.ray_cluster import HalfSource, on_ray
+from flocktune.engine.rounds import Collect
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
@@ -59,7 +59,15 @@ from flocktune.models.lora import Adapter, scale
 from flocktune.models.peft_io import import_peft
 from flocktune.privacy.clients import ClientPrivacy
 from flocktune.privacy.noise import derive_key, uniforms
-from flocktune.protection import around_client, around_server, client_privacy, transforms_of
+from flocktune.protection import (
+    around_client,
+    around_server,
+    client_privacy,
+    collect_of,
+    returned_of,
+    secured,
+    transforms_of,
+)
 from flocktune.resident import Base, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import group, mismatches
@@ -95,7 +103,12 @@ class Assembly:
 
     def travels(self, task: ClientTask) -> Expected:
         """Names and shapes of what comes back over the wire for ``task``."""
-        return on_wire(self.transforms, self.server.returned(task.tensors))
+        return returned_of(self.config, self.server, task)
+
+    @property
+    def collect(self) -> Collect:
+        """How a round's replies are had."""
+        return collect_of(self.config, self.server)
 
 
 def federation(
@@ -327,7 +340,11 @@ def scheduler(
         coins = uniforms(derive_key(hidden, "selection", number), len(sizes)) if hidden else None
         return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace, coins=coins)
 
-    schedule(0)
+    first, secure = schedule(0), secured(config)
+    if secure and 0 < first.wanted < secure.min_clients and first.quorum:
+        fix = "Ask more clients in a round, or lower secure_aggregation.min_clients: a sum of few hides little."
+        expected = f"at least secure_aggregation.min_clients, {secure.min_clients}, in a round"
+        raise UserError(Problem("scheduling.selection", expected, str(first.wanted), fix))
     return schedule
 
 

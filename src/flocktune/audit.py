@@ -28,6 +28,7 @@ Field: TypeAlias = str | int | float | bool | Sequence[str] | None
 """What a record may say: plain values and lists of names."""
 
 TASK_RECEIVED, TASK_REFUSED, UPDATE_LEFT = "task_received", "task_refused", "update_left"
+PHASE_LEFT = "phase_left"
 JOINED, LEFT, TORN = "joined", "left", "torn"
 
 _OWN_KEYS = ("time", "event", "previous")
@@ -80,15 +81,29 @@ class AuditLog:
         return self.append(TASK_REFUSED, run=run, round=round, nonce=nonce, reasons=[one[:_LONGEST] for one in reasons])
 
     def update_left(
-        self, *, run: str, round: int, nonce: str, digest: str, bytes: int, tensors: int, weight: float
+        self,
+        *,
+        run: str,
+        round: int,
+        nonce: str,
+        digest: str,
+        bytes: int,
+        tensors: int,
+        weight: float,
+        protected_by: str = "",
     ) -> str:
         """An update leaves. Written before it does, so that nothing can leave unrecorded.
 
-        ``digest``: SHA-256 of the tensors; ``bytes``: of the encoded message; ``tensors``: how many.
+        ``digest``: SHA-256 of the tensors; ``bytes``: of the encoded message; ``tensors``: how many; ``protected_by``:
+        what the recipe hides its values by, if it does.
         """
-        return self.append(
-            UPDATE_LEFT, run=run, round=round, nonce=nonce, digest=digest, bytes=bytes, tensors=tensors, weight=weight
-        )
+        more: dict[str, Field] = {"protected_by": protected_by} if protected_by else {}
+        said: dict[str, Field] = {"digest": digest, "bytes": bytes, "tensors": tensors, "weight": weight}
+        return self.append(UPDATE_LEFT, run=run, round=round, nonce=nonce, **said, **more)
+
+    def phase_left(self, *, run: str, round: int, nonce: str, kind: str, digest: str, bytes: int) -> str:
+        """An answer leaves that is no update: keys, sealed shares, a signature, shares of a round's masks."""
+        return self.append(PHASE_LEFT, run=run, round=round, nonce=nonce, kind=kind, digest=digest, bytes=bytes)
 
     def joined(self, *, federation: str, name: str, data_digest: str) -> str:
         """This side began to take part, with the data of this SHA-256."""

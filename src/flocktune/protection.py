@@ -5,13 +5,21 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import cast
+
 from flocktune.algorithms.preferences import with_reference
 from flocktune.compression.transform import compression
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import FEDERATED, Dpo, Poisson, RunConfig, UserPrivacy
-from flocktune.engine.client import transformed
+from flocktune.config.secure_aggregation import MASKED, PHASES, SecureAggregationConfig
+from flocktune.engine.client import on_wire, transformed
+from flocktune.engine.rounds import Collect, one_by_one
+from flocktune.errors import Problem, UserError
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
 from flocktune.privacy.clients import ClientPrivacy, clipping, noised
+from flocktune.privacy.secagg.messages import from_client, method_part
+from flocktune.types import ClientTask, Expected, Tensors
 
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
@@ -25,7 +33,14 @@ def transforms_of(config: RunConfig) -> tuple[Transform, ...]:
 
 def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
     """The client half as tasks are given to it."""
-    return transformed(half, transforms_of(config))
+    half = transformed(half, transforms_of(config))
+    settings = secured(config)
+    if settings is None:
+        return half
+    _refuse_missing()
+    from flocktune.privacy.secagg.half import secure_half
+
+    return secure_half(half, settings)
 
 
 def around_server(config: RunConfig, server: ServerHalf, clients: int = 1, secret: bytes | None = None) -> ServerHalf:
@@ -45,3 +60,37 @@ def client_privacy(config: RunConfig, clients: int) -> ClientPrivacy | None:
     if not isinstance(settings, UserPrivacy) or not isinstance(selection, Poisson):
         return None
     return ClientPrivacy(settings, clients, selection.fraction, config.rounds)
+
+
+def secured(config: RunConfig) -> SecureAggregationConfig | None:
+    """The recipe's secure aggregation, where it has one and clients learn together."""
+    return config.secure_aggregation if config.method in FEDERATED else None
+
+
+def collect_of(config: RunConfig, server: ServerHalf) -> Collect:
+    """How a round's replies are had of an engine. Raises UserError."""
+    settings = secured(config)
+    if settings is None:
+        return one_by_one
+    _refuse_missing()
+    from flocktune.engine.secure import secure
+
+    return secure(settings, lambda task: _summed(config, server, task.tensors))
+
+
+def returned_of(config: RunConfig, server: ServerHalf, task: ClientTask) -> Expected:
+    """Names and shapes of what comes back over the wire for ``task``."""
+    if task.kind in PHASES:
+        return from_client(task, _summed(config, server, method_part(task.tensors)) if task.kind == MASKED else {})
+    return on_wire(transforms_of(config), server.returned(task.tensors))
+
+
+def _summed(config: RunConfig, server: ServerHalf, received: Tensors) -> Tensors:
+    """Names and shapes of what is added under masks: no transform is among them that changes sizes."""
+    return cast(Tensors, on_wire(transforms_of(config), server.returned(received)))
+
+
+def _refuse_missing() -> None:
+    if find_spec("cryptography") is None:
+        fix = "pip install 'flocktune[privacy]'"
+        raise UserError(Problem("secure_aggregation", "the package cryptography", "not found", fix))

@@ -17,6 +17,7 @@ from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
 from flocktune.models.bundle import Bundle
+from flocktune.protection import secured
 from flocktune.tensors import digest
 from flocktune.types import Mean, Tensors
 
@@ -32,10 +33,19 @@ def start_event(fed: Assembly) -> dict[str, Any]:
         **fed.data.describe(),
         **({"emulator": describe_emulator(fed.emulated.bundle)} if fed.emulated else {}),
         "trainable_parameters": sum(value.numel() for value in _trained(fed).values()),
+        **_set_aside(fed),
         "model": fed.config.model.path,
         "device": str(fed.base.device),
         "versions": versions(),
     }
+
+
+def _set_aside(fed: Assembly) -> dict[str, Any]:
+    """Settings that have no effect in this run, with their reasons."""
+    if not (secured(fed.config) and fed.config.aggregation.diagnose_clients):
+        return {}
+    reason = "with secure aggregation the server sees no single update, so the aggregation error can not be measured"
+    return {"set_aside": {"aggregation.diagnose_clients": reason}}
 
 
 def describe_emulator(bundle: Bundle) -> dict[str, Any]:

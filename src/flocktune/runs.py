@@ -28,6 +28,7 @@ from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.interfaces import Engine, State
 from flocktune.per_client import evaluations, fine_tune, keep_own
 from flocktune.privacy.noise import read_or_make_key
+from flocktune.protection import secured
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.resident import Base
 from flocktune.run_events import round_event, spent, start_event, summarise
@@ -151,7 +152,7 @@ class _Run:
         if buffered:
             loop = partial(run_buffered, fed.server, self.engine, list(fed.data.clients), buffered)
         else:
-            loop = partial(run_rounds, fed.server, self.engine, fed.schedule)
+            loop = partial(run_rounds, fed.server, self.engine, fed.schedule, collect=fed.collect)
         state = loop(
             state,
             first_round=self.rounds_done,
@@ -167,7 +168,8 @@ class _Run:
                 on_round=self._on_round,
                 should_stop=stop.is_set,
                 diagnose=drift.diagnosed(fedavg.diagnose),
-                diagnose_clients=config.aggregation.diagnose_clients,
+                # Of a sum alone the error of averaging A and B apart can not be known.
+                diagnose_clients=0 if secured(config) else config.aggregation.diagnose_clients,
             ),
         )
         if self.rounds_done < fed.rounds:

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -89,17 +89,17 @@ def encode_tensors(tensors: Tensors) -> bytes:
 
 
 def decode_tensors(
-    blob: bytes, expected: Expected | None = None, more: Mapping[str, Sequence[int | None]] | None = None
+    blob: bytes, expected: Expected | None = None, more: Mapping[str, Variable] | None = None
 ) -> Tensors:
     """The tensors that :func:`encode_tensors` was given.
 
     With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values,
-    and they come in its order, not the file's: sums over tensors round by their order. ``more``: float32 tensors that
-    may be there or not, by name, None for a dimension that may be any; they come last. Raises UpdateRefused.
+    and they come in its order, not the file's: sums over tensors round by their order. ``more``: tensors that may
+    be there or not, by name; they come last. Raises UpdateRefused.
     """
     try:
         (length,) = struct.unpack_from("<Q", blob)
-        more = {name: shape for name, shape in (more or {}).items() if name not in (expected or {})}
+        more = {name: variable for name, variable in (more or {}).items() if name not in (expected or {})}
         if expected is not None and length > _longest_header(expected) + 300 * len(more):
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(blob[8 : 8 + length])
@@ -108,7 +108,7 @@ def decode_tensors(
             raise ValueError(f"format {metadata.get('format')}")
         if expected is None:
             return load(blob)
-        there = [name for name, shape in more.items() if name in header and _fits(header[name], shape)]
+        there = [name for name, variable in more.items() if name in header and _fits(header[name], variable)]
         _refuse_header({name: entry for name, entry in header.items() if name not in there}, expected)
         tensors = load(blob)
         return {name: tensors[name] for name in (*expected, *there)}
@@ -116,28 +116,32 @@ def decode_tensors(
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
 
 
+Variable: TypeAlias = tuple[str, Sequence[int | None]]
+"""A tensor of a message that is there or not: its dtype as a header calls it, its shape, None where it may be any."""
+
 SIDE_A, SIDE_B = ".side_A", ".side_B"
 """What the names of a side adapter's factors end in: what a product of means left out, in a message beside them."""
 
 
-def side_factors(expected: Tensors) -> dict[str, tuple[int | None, ...]]:
+def side_factors(expected: Tensors) -> dict[str, Variable]:
     """What a message may have beside ``expected`` factors A [R, in] and B [out, R]: a side adapter of any rank."""
-    sides: dict[str, tuple[int | None, ...]] = {}
+    sides: dict[str, Variable] = {}
     for name, value in expected.items():
         if name.endswith(".lora_A"):
-            sides[name.removesuffix(".lora_A") + SIDE_A] = (None, *value.shape[1:])
+            sides[name.removesuffix(".lora_A") + SIDE_A] = ("F32", (None, *value.shape[1:]))
         if name.endswith(".lora_B"):
-            sides[name.removesuffix(".lora_B") + SIDE_B] = (*value.shape[:1], None)
+            sides[name.removesuffix(".lora_B") + SIDE_B] = ("F32", (*value.shape[:1], None))
     return sides
 
 
-def _fits(entry: Mapping[str, Any], shape: Sequence[int | None]) -> bool:
-    """Whether a header's entry is float32 of this shape."""
+def _fits(entry: Mapping[str, Any], variable: Variable) -> bool:
+    """Whether a header's entry is of this dtype and shape."""
+    dtype, shape = variable
     have = entry["shape"]
     sizes = len(have) == len(shape) and all(
         want in (None, size) and type(size) is int for size, want in zip(have, shape, strict=True)
     )
-    return entry["dtype"] == "F32" and sizes
+    return bool(entry["dtype"] == dtype and sizes)
 
 
 def _longest_header(expected: Expected) -> int:

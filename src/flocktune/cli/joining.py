@@ -42,7 +42,7 @@ def join(
     from flocktune.config.schema import EMBEDDED
     from flocktune.enrolment import read_invitation
     from flocktune.interrupts import stop_on_signals
-    from flocktune.owner.home import default_home, make_home, write_enrolment
+    from flocktune.owner.home import default_home, make_home, public_identity, write_enrolment
     from flocktune.owner.join import join as stay
     from flocktune.owner.worker import Settings
 
@@ -76,6 +76,7 @@ def join(
 
     say(f"{invitation.client} in {invitation.federation} at {invitation.host}:{invitation.port}; Ctrl-C ends it")
     say(f"policy and audit log: {own.folder}")
+    say(f"to other owners, with secure aggregation: {public_identity(own.folder)}")
     with stop_on_signals(lambda text: say("stopping")) as stop:
         stay(invitation, own, settings, say, stop)
 

@@ -119,6 +119,12 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: isinstance(privacy_in_force(config), SamplePrivacy),
         ("privacy={kind: sample, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 1.0}", "local.clip_norm=0"),
     ),
+    "secure_aggregation": Feature(
+        "secure aggregation",
+        "secure_aggregation",
+        lambda config: config.secure_aggregation is not None and config.method in FEDERATED,
+        ("secure_aggregation={min_clients: 2}", "aggregation.weights=equal"),
+    ),
 }
 """Every feature that does not go with some other, by a short name."""
 
@@ -143,6 +149,9 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("ditto", "sample_privacy"): _UNCOUNTED,
     ("fine_tune", "sample_privacy"): _UNCOUNTED,
     ("dpo", "sample_privacy"): "A pair is two sequences, and gradients are clipped one sequence at a time.",
+    ("buffered", "secure_aggregation"): "Masks cancel among clients who begin and end a round together.",
+    ("compression", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
+    ("forgetful", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
 }
 """Two features, in any order -> why they can not go together."""
 

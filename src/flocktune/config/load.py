@@ -221,6 +221,11 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     yield from _preference_checks(config)
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
+    secure = config.secure_aggregation
+    if secure and config.aggregation.weights != "equal" and secure.max_weight is None:
+        fix = "Clients mask their values times weight / max_weight, and must all know that bound. Or weights: equal."
+        got = f"none with aggregation.weights {config.aggregation.weights}"
+        yield Problem("secure_aggregation.max_weight", "the largest weight that counts", got, fix)
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
         yield Problem(
             "evaluation.every",

@@ -24,6 +24,7 @@ from flocktune.config.privacy import (  # noqa: F401 - every part of a recipe is
     SamplePrivacy,
     UserPrivacy,
 )
+from flocktune.config.secure_aggregation import SecureAggregationConfig
 
 EMBEDDED = "embedded"
 """Names the model and the data that come with the package."""
@@ -459,6 +460,7 @@ class RunConfig:
     ``compression``: null sends updates in float32; methods in which clients do not learn together ignore it.
     ``personal``: an adapter for each client beside the common one; baselines ignore it.
     ``privacy``: differential privacy of clients (``user``) or of rows (``sample``); baselines ignore it.
+    ``secure_aggregation``: see there; None is off, and methods with one client at a time ignore it.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -478,6 +480,7 @@ class RunConfig:
     alignment: AlignmentConfig | None = None
     compression: CompressionConfig | None = None
     personal: Personal | None = None
+    secure_aggregation: SecureAggregationConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -4,6 +4,7 @@ HOME/key           the private key        HOME/policy.yaml   what this owner all
 HOME/ca.pem        whom it trusts         HOME/audit.jsonl   every task, refusal and update
 HOME/worker.sock   where its worker is    HOME/worker.log    what that one said
 HOME/cache/        rows as tokens, emulators HOME/invited      which invitations were used here
+HOME/identity      who it is to other owners HOME/peers.json  who they were when they were seen first
 HOME/memory/       private state of runs, such as a factor that never leaves
 HOME/privacy.key   what the noise is made of that hides rows; whoever has it can take the noise away
 HOME/node          what the coordinator calls this client    HOME/task   what it is at: given back after a crash
@@ -12,6 +13,7 @@ HOME/node          what the coordinator calls this client    HOME/task   what it
 from __future__ import annotations
 
 import os
+import secrets
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
@@ -31,7 +33,8 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, sha256_bytes
 from flocktune.owner.policy import write_policy
 
-AUDIT, POLICY, CACHE, INVITED, MEMORY = "audit.jsonl", "policy.yaml", "cache", "invited", "memory"
+AUDIT, POLICY, CACHE, INVITED = "audit.jsonl", "policy.yaml", "cache", "invited"
+MEMORY, IDENTITY, PEERS = "memory", "identity", "peers.json"
 PRIVACY_KEY = "privacy.key"
 
 
@@ -158,3 +161,25 @@ def write_enrolment(home: Home, invitation: Invitation, path: Path) -> str:
             Problem(str(path), "a file that can be written", str(error), "Join from another folder.")
         ) from None
     return fingerprint(home.public_key)
+
+
+def identity_key(folder: Path) -> bytes:
+    """The Ed25519 private key by which other owners know this one in secure aggregation, 32 bytes; made once.
+
+    Raises UserError for one that is damaged.
+    """
+    path = folder / IDENTITY
+    if not path.exists():
+        write_private(path, secrets.token_bytes(32))
+    key = path.read_bytes()
+    if len(key) != 32:
+        fix = "Bring it back from a copy. With a new one, other owners refuse this client: it is another to them."
+        raise UserError(Problem(str(path), "a private key of 32 bytes", f"{len(key)} bytes", fix))
+    return key
+
+
+def public_identity(folder: Path) -> str:
+    """What other owners' peers.json shall show for this one, in hex."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes(identity_key(folder)).public_key().public_bytes_raw().hex()

@@ -4,24 +4,27 @@ HOME/memory/DIGEST.safetensors   one file a run, by the SHA-256 of the run's nam
 
 A task whose answer was lost comes again, and must find what it found the first time. So a file holds the memory before
 the newest task, too: a task of the same round and seed starts from that one, a later task from what the newest left.
+A round of secure aggregation is one task in phases: its first phase begins anew, the others go on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from flocktune.config.secure_aggregation import PHASES
 from flocktune.enrolment import write_private
 from flocktune.errors import Problem, UserError
 from flocktune.interfaces import Memory
 from flocktune.owner.home import MEMORY
 from flocktune.owner.policy import MB
 from flocktune.owner.reading import Refused
+from flocktune.privacy.secagg.messages import without_secrets
 from flocktune.tensors import digest, group, prefixed, size_bytes
 from flocktune.types import ClientTask
 
@@ -34,26 +37,32 @@ class Kept:
 
     round: int = -1
     seed: int = -1
-    before: Memory | None = None
-    after: Memory | None = None
+    before: Memory = field(default_factory=dict)
+    after: Memory = field(default_factory=dict)
 
     def for_task(self, task: ClientTask) -> Memory:
         """What ``task`` starts from. Raises Refused for a round that is over: what it started from is gone."""
-        if self.after is None or self.before is None:
+        if not self.before and not self.after:
             return {}
         if task.round < self.round:
             raise Refused(
                 f"round {task.round + 1} is over: this owner's memory of the run is of round {self.round + 1}, "
                 "and of the state before that"
             )
-        return self.before if self._is_newest(task) else self.after
+        return self.before if self._is_newest(task) and not _goes_on(task) else self.after
 
     def following(self, task: ClientTask, memory: Memory) -> Kept:
         """What is kept when ``task`` has left ``memory``."""
-        return Kept(task.round, task.seed, self.for_task(task), memory)
+        before = self.before if self._is_newest(task) and _goes_on(task) else self.for_task(task)
+        return Kept(task.round, task.seed, without_secrets(before), memory)
 
     def _is_newest(self, task: ClientTask) -> bool:
         return (task.round, task.seed) == (self.round, self.seed)
+
+
+def _goes_on(task: ClientTask) -> bool:
+    """Whether it is a later phase of a round that the phases before it have begun."""
+    return task.kind in PHASES[1:]
 
 
 def load_memory(home: Path, run: str) -> Kept:
@@ -81,7 +90,7 @@ def save_memory(home: Path, run: str, kept: Kept, most_mb: int) -> None:
     Raises Refused when it is larger than ``most_mb``, OSError (a full disk); the file is then as it was.
     """
     path = _path(home, run)
-    before, after = kept.before or {}, kept.after or {}
+    before, after = kept.before, kept.after
     if not before and not after and not path.exists():
         return
     size = size_bytes(before) + size_bytes(after)
@@ -105,5 +114,5 @@ def _path(home: Path, run: str) -> Path:
 
 
 def _sha256(run: str, kept: Kept) -> str:
-    parts = [FORMAT, run, str(kept.round), str(kept.seed), digest(kept.before or {}), digest(kept.after or {})]
+    parts = [FORMAT, run, str(kept.round), str(kept.seed), digest(kept.before), digest(kept.after)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

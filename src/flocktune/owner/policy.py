@@ -16,6 +16,7 @@ from flocktune.config.load import explain, parse_yaml
 from flocktune.config.numbers import Positive, PositiveFloat
 from flocktune.config.privacy import Privacy, SamplePrivacy
 from flocktune.config.schema import Columns
+from flocktune.config.secure_aggregation import CONSISTENCY, PHASES, UNMASK
 from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic
 
@@ -69,6 +70,7 @@ class Asked:
     """What a task wants of an owner. ``allowed_digests``: models that the owner named; ``rows``: that would be used.
 
     ``round`` counts from 0; ``task_bytes`` is the size of the encoded task; ``columns``: those that the recipe names.
+    ``secure``: whether the recipe has secure aggregation.
     """
 
     method: str
@@ -82,6 +84,12 @@ class Asked:
     rows: int
     columns: Columns = field(default_factory=Columns)
     privacy: Privacy | None = None
+    secure: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What kinds of task its recipe has; with secure aggregation none that lets an update out as it is."""
+        return PHASES if self.secure else (_KINDS[self.method],)
 
 
 _ADAPTER: TypeAdapter[Policy] = TypeAdapter(Policy)
@@ -162,11 +170,11 @@ def protections(asked: Asked) -> frozenset[str]:
     """What protects the update of a task, of the values of ``require``.
 
     Differential privacy counts where the owner itself makes the noise, for its rows. That of clients is the
-    coordinator's to make, and an owner who requires protection does not take its word. Secure aggregation is not there
-    yet, so that a policy that requires it refuses every task.
+    coordinator's to make, and an owner who requires protection does not take its word.
     """
     own = {"differential_privacy"} if _most_epsilon(asked.privacy) < math.inf else set()
-    return frozenset({"none", *own})
+    secure = {"secure_aggregation"} if asked.secure else set()
+    return frozenset({"none", *own, *secure})
 
 
 def _most_epsilon(privacy: Privacy | None) -> float:
@@ -197,8 +205,8 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, up
         yield _problem("trust_remote_code", "false: no code comes from a coordinator", "true")
     if asked.method not in policy.methods:
         yield _problem("methods", f"one of {', '.join(policy.methods)}", repr(asked.method))
-    elif asked.kind != _KINDS[asked.method]:
-        yield _problem("methods", f"a task of kind {_KINDS[asked.method]!r} for {asked.method}", repr(asked.kind))
+    elif asked.kind not in asked.kinds:
+        yield _problem("methods", f"a task of kind {asked.kinds[0]!r} for {asked.method}", repr(asked.kind))
     if asked.model_digest not in allowed_models(policy, asked.allowed_digests):
         whose = "listed here" if policy.models else "named on the command line"
         yield _problem("models", f"a model that is {whose}", f"digest {asked.model_digest[:12] or 'none'}...")
@@ -212,11 +220,12 @@ def _problems(policy: Policy, asked: Asked, now: datetime, rounds_taken: int, up
         yield _problem("max_epsilon", f"a recipe that tells of a row at most epsilon {policy.max_epsilon:g}", got)
     if policy.hours is not None and not within_hours(policy.hours, now.time()):
         yield _problem("hours", policy.hours, f"{now:%H:%M}")
-    if rounds_taken >= policy.max_rounds:
+    finishing = asked.secure and asked.kind in (CONSISTENCY, UNMASK)  # the update of this round is among those taken
+    if rounds_taken >= policy.max_rounds and not finishing:
         yield _problem(
             "max_rounds", f"at most {policy.max_rounds} updates of one run", f"one more after {rounds_taken}"
         )
-    if policy.max_updates is not None and updates_taken >= policy.max_updates:
+    if policy.max_updates is not None and updates_taken >= policy.max_updates and not finishing:
         got = f"one more after {updates_taken}"
         yield _problem("max_updates", f"at most {policy.max_updates} updates in all", got)
     if asked.round < 0:

@@ -192,6 +192,8 @@ def _policy(path: Path) -> tuple[Policy, Finding]:
         policy = load_policy(path)
     except UserError as error:
         return Policy(), Finding("policy", False, str(error), f"Mend {path}; until then every task is refused.")
+    if policy.require == "secure_aggregation":
+        return policy, Finding("policy", True, f"{path}; a recipe without secure aggregation will be refused")
     if policy.require != "none":
         what = policy.require.replace("_", " ")
         return policy, Finding("policy", False, f"it requires {what}, which flocktune does not have yet: "

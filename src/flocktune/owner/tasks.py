@@ -21,11 +21,12 @@ import torch
 from flocktune.algorithms.private_rows import BudgetSpent
 from flocktune.audit import AuditLog, nonces, rounds_taken, updates_taken
 from flocktune.config.schema import EMBEDDED, ModelConfig, RunConfig, RuntimeConfig
+from flocktune.config.secure_aggregation import MASKED
 from flocktune.data.encoding import default_cache_folder
 from flocktune.engine.client import answer
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, Parcel
 from flocktune.errors import FlocktuneError, UpdateRefused, UserError
-from flocktune.federated import KINDS, OwnersSide, owners_side, write_bundle_tensors
+from flocktune.federated import OwnersSide, owners_side, write_bundle_tensors
 from flocktune.interfaces import ClientHalf, Memory
 from flocktune.models.bundle import Bundle, bundle_folder, read_bundle, receive_bundle
 from flocktune.models.load import pick_device
@@ -34,8 +35,10 @@ from flocktune.owner.leaving import bounded, refuse_large
 from flocktune.owner.memory import load_memory, save_memory
 from flocktune.owner.policy import GB, Asked, Policy, columns_read, load_policy, refusals
 from flocktune.owner.reading import Refused, read_names, read_task, refuse_endless, refuse_no_digest, rows_used
+from flocktune.owner.trust import load_trust, save_trust
 from flocktune.privacy.noise import read_or_make_key
-from flocktune.protection import around_client
+from flocktune.privacy.secagg.messages import SecureAggregationRefused, to_client
+from flocktune.protection import around_client, secured
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
 from flocktune.types import ClientTask, Failure, Update
@@ -127,24 +130,36 @@ class Owner:
         side = self._side(config, policy, bundle)
         _refuse(policy, replace(asked, rows=rows_used(config.local, side.rows)), *taken)
         refuse_endless(config.local, side.rows)
-        expected = side.expected(task)
-        task = replace(task, tensors=decode_tensors(parcel.blob, expected, more=side_factors(expected)))
+        secure = secured(config) is not None
+        expected = side.expected(task) if not secure or task.kind == MASKED else {}
+        more = {**side_factors(expected), **(to_client() if secure else {})}
+        task = replace(task, tensors=decode_tensors(parcel.blob, expected, more=more))
         kept = load_memory(self.home, named["run"])
+        trust = load_trust(self.home) if secure else {}
         half = around_client(config, bounded(policy, side.half))
-        update, memory = _trained(task, half, kept.for_task(task))
+        update, memory = _trained(task, half, {**kept.for_task(task), **trust})
         refuse_large(policy, update)
+        if secure:
+            memory = save_trust(self.home, memory)
         save_memory(self.home, named["run"], kept.following(task, memory), policy.max_memory_mb)
-        return self._let_out(update, named)
+        return self._let_out(update, named, task.kind if secure else "")
 
-    def _let_out(self, update: Update, named: Mapping[str, Any]) -> Parcel:
-        """The update as a parcel; it is in the audit log, on disk, before it is handed on."""
+    def _let_out(self, update: Update, named: Mapping[str, Any], phase: str = "") -> Parcel:
+        """The update as a parcel; it is in the audit log, on disk, before it is handed on.
+
+        ``phase``: of secure aggregation; what leaves in all but one is keys, shares and signatures.
+        """
         reply = Parcel(UPDATE, {**named, "update": update_fields(update)}, encode_tensors(update.delta))
+        if phase and phase != MASKED:
+            self.audit.phase_left(**_record(named), kind=phase, digest=reply.sha256, bytes=len(reply.blob))
+            return reply
         self.audit.update_left(
             **_record(named),
             digest=reply.sha256,
             bytes=len(reply.blob),
             tensors=len(update.delta),
             weight=update.weight,
+            protected_by="secure_aggregation" if phase else "",
         )
         return reply
 
@@ -183,6 +198,7 @@ class Owner:
             rows=rows,
             columns=config.data.columns,
             privacy=config.privacy,
+            secure=secured(config) is not None,
         )
 
     def _named_models(self, config: RunConfig, task: ClientTask, bundle: Bundle | None) -> list[str]:
@@ -218,21 +234,24 @@ class Owner:
         refuse_no_digest(digest)
         if self.emulator is not None or digest not in self._lacking:
             raise Refused("no emulator was asked for")
+        waiting = self._lacking[digest]
+        config, task = read_task(waiting)
         asked = Asked(
             method="fedbiot",
             model_digest=digest,
             allowed_digests=frozenset({digest}),
             rank=1,
             round=named["round"],
-            kind=KINDS["fedbiot"],
+            kind=task.kind,
             trust_remote_code=False,
             task_bytes=len(parcel.blob),
             rows=policy.min_rows,
+            secure=secured(config) is not None,
         )
         _refuse(policy, asked, *self._taken(named["run"]))
         files = decode_tensors(parcel.blob)
         receive_bundle(digest, lambda folder: write_bundle_tensors(files, folder), default_cache_folder())
-        waiting = self._lacking.pop(digest)
+        del self._lacking[digest]
         if any(waiting.fields[key] != named[key] for key in ("run", "round", "client")):
             return Parcel(READY, named)
         # What it was asked for with is done at once, under this parcel's nonce: the task need not be sent again.
@@ -253,7 +272,7 @@ def _record(named: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update, Memory]:
     """The update, and the new memory.
 
-    Raises Refused when training diverged or its update may not leave, and Failed for all else.
+    Raises Refused when training diverged, its update may not leave, or a phase may not be done; Failed for all else.
     """
     raised: list[Exception] = []
 
@@ -266,7 +285,7 @@ def _trained(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update
 
     reply, after = answer(task, kept, memory)
     if isinstance(reply, Failure):
-        if isinstance(raised[0], NotFinite | UpdateRefused | BudgetSpent):
+        if isinstance(raised[0], NotFinite | UpdateRefused | BudgetSpent | SecureAggregationRefused):
             raise Refused(reply.reason)
         raise Failed(f"{type(raised[0]).__name__} while training; the owner's own log says more", reply.reason)
     return reply, after
