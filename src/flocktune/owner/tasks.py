@@ -246,6 +246,7 @@ class Owner:
             trust_remote_code=False,
             task_bytes=len(parcel.blob),
             rows=policy.min_rows,
+            privacy=config.privacy,
             secure=secured(config) is not None,
         )
         _refuse(policy, asked, *self._taken(named["run"]))
