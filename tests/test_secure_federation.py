@@ -66,7 +66,7 @@ def test_a_policy_that_requires_it_is_satisfied_by_it_and_refuses_all_else(apart
         (tmp_path / "homes" / client / POLICY).write_text("require: secure_aggregation\nmax_rounds: 2\n")
     run_apart(new_run(apart, tmp_path / "secure", *SECURE), link)
     plain = Direct(link.answer)
-    with pytest.raises(RoundFailed, match="protected by secure aggregation, got a recipe without that"):
+    with pytest.raises(RoundFailed, match="protected by secure aggregation, got a recipe without it"):
         run_apart(new_run(apart, tmp_path / "plain", "aggregation.weights=equal"), plain)
     assert {reply.kind for _, reply in plain.came} == {FAILURE}
     again = Direct(link.answer)
