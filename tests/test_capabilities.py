@@ -63,10 +63,16 @@ def keys(overrides: tuple[str, ...]) -> Mapping[str, Any]:
     return dict(override.split("=", 1) for override in overrides)
 
 
+def all_used(name: str) -> list[str]:
+    """The feature, and those that its example cannot do without."""
+    config = parse_recipe(RECIPE, EXAMPLES[name])
+    return [name, *(key for key, feature in FEATURES.items() if key != name and feature.used(config))]
+
+
 TOGETHER = [
     (one, other)
     for one, other in combinations(EXAMPLES, 2)
-    if reason(one, other) is None and not any(
+    if not any(reason(left, right) for left in all_used(one) for right in all_used(other)) and not any(
         value != keys(EXAMPLES[other]).get(key, value) for key, value in keys(EXAMPLES[one]).items()
     )
 ]  # fmt: skip

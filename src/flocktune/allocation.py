@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.algorithms.preferences import Preferences
 from flocktune.algorithms.private_rows import PrivateRows
+from flocktune.attacks import attackers, poisoned
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import RunConfig, SamplePrivacy
 from flocktune.data.batching import training_batches
@@ -29,6 +30,7 @@ class ClientRows:
     """Client data allocation, done: who holds which rows of ``train``, and what is held out.
 
     ``own_test``: rows of ``train`` that are a client's too, on which it does not train but is evaluated.
+    ``attackers``: of a simulation; their rows are as they have them.
     """
 
     train: Instructions
@@ -36,6 +38,7 @@ class ClientRows:
     clients: Mapping[str, NDArray[np.int64]]
     unassigned: int
     own_test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    attackers: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
@@ -58,6 +61,7 @@ class ClientRows:
             "untrainable_rows": len(self.train.report.untrainable),
             "truncated_rows": self.train.report.truncated,
             "unassigned_rows": self.unassigned,
+            **({"attackers": list(self.attackers)} if self.attackers else {}),
         }
 
     def _test_counts(self) -> dict[str, int]:
@@ -87,7 +91,9 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     )
     clients = {name: rows[part] for name, part in partition.clients.items()}
     clients, own_test = hold_out_own(clients, config.evaluation.client_rows, config.seed)
-    return ClientRows(train, test, clients, len(partition.unassigned), own_test)
+    guilty = attackers(config, list(clients))
+    train = poisoned(config, train, clients, guilty)
+    return ClientRows(train, test, clients, len(partition.unassigned), own_test, guilty)
 
 
 def hold_out_own(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flocktune.aggregation.robust import least_updates
 from flocktune.algorithms import drift, fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
 from flocktune.algorithms.local import ClientData, steps_per_round
@@ -20,12 +21,14 @@ from flocktune.algorithms.personal import with_ditto, with_fine_tuning
 from flocktune.algorithms.preferences import PreferenceLoss, Preferences, no_adapter, with_its_reference
 from flocktune.algorithms.private_rows import accounted
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
+from flocktune.attacks import attacking, bad_rows, triggered
 from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
 from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import (
+    FEDERATED,
     Availability,
     Dpo,
     LocalConfig,
@@ -37,6 +40,7 @@ from flocktune.config.schema import (
     UserPrivacy,
 )
 from flocktune.data.batching import packing_leak
+from flocktune.data.examples import rows_digest
 from flocktune.emulation import (
     Emulated,
     alignment_settings,
@@ -52,6 +56,7 @@ from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.engine.rounds import Collect
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
+from flocktune.gate import behind_gate, gate_digest
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
 from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
@@ -68,7 +73,7 @@ from flocktune.protection import (
     secured,
     transforms_of,
 )
-from flocktune.resident import Base, base_digest, load_base
+from flocktune.resident import Base, Instructions, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import group, mismatches
 from flocktune.training import Adjust, Penalty
@@ -83,7 +88,8 @@ class Assembly:
     """Everything a run needs. ``identity``: recipe, data and models, for a safe resume.
 
     ``base`` is what the result plugs into; ``model_digest`` names the model that clients must hold: the base itself, or
-    with FedBiOT the emulator.
+    with FedBiOT the emulator. ``triggered``: the held-out rows with a backdoor's trigger in them, when there is one to
+    look for.
     """
 
     config: RunConfig
@@ -100,6 +106,7 @@ class Assembly:
     emulated: Emulated | None = None
     transforms: Sequence[Transform] = ()
     privacy: ClientPrivacy | None = None
+    triggered: Instructions | None = None
 
     def travels(self, task: ClientTask) -> Expected:
         """Names and shapes of what comes back over the wire for ``task``."""
@@ -136,11 +143,12 @@ def federation(
     clients = client_data(config, base.pad_id, data, secret, preferences)
     identity = identity_of(config, data)
     half = adapter_client(config, base.adapter, clients, local, rounds=rounds)
-    client = around_client(config, with_its_reference(half, preferences))
+    client = clients_side(config, data, with_its_reference(half, preferences))
     personal = personal_of(config)
     if isinstance(personal, FineTune):  # around all: what it makes does not travel
         client = with_fine_tuning(client, personal, base.adapter, clients, local)
     privacy = client_privacy(config, len(data.clients))
+    server = corrected(config, fedavg.server_half(config.aggregation), clients, data)
     return Assembly(
         config,
         base,
@@ -148,18 +156,14 @@ def federation(
         privacy.affordable_or_refused() if privacy else rounds,
         fedavg.KIND,
         starting_adapter(config, base.adapter),
-        around_server(
-            config,
-            corrected(config, fedavg.server_half(config.aggregation), clients, data),
-            len(data.clients),
-            secret,
-        ),
+        around_server(config, behind_gate(config, base, server), len(data.clients), secret),
         client,
         scheduler(config, data.clients, secret),
         identity["model"],
         identity,
         transforms=transforms_of(config),
         privacy=privacy,
+        triggered=triggered(config, data.test),
     )
 
 
@@ -173,6 +177,7 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secre
     digest = emulated.bundle.digest
     privacy = client_privacy(config, len(data.clients))
     server = fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
+    server = corrected(config, server, client_data(config, emulated.base.pad_id, data), data)
     return Assembly(
         config,
         base,
@@ -180,20 +185,21 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secre
         privacy.affordable_or_refused() if privacy else config.rounds,
         fedbiot.KIND,
         starting_emulator(config, pair),
-        around_server(
-            config,
-            corrected(config, server, client_data(config, emulated.base.pad_id, data), data),
-            len(data.clients),
-            secret,
-        ),
-        around_client(config, emulator_client(config, emulated, data, secret)),
+        around_server(config, behind_gate(config, base, server), len(data.clients), secret),
+        clients_side(config, data, emulator_client(config, emulated, data, secret)),
         scheduler(config, data.clients, secret),
         digest,
         {**identity_of(config, data), "public": public_rows(config).digest, "emulator": digest},
         emulated,
         transforms_of(config),
         privacy,
+        triggered(config, data.test),
     )
+
+
+def clients_side(config: RunConfig, data: ClientRows, half: ClientHalf) -> ClientHalf:
+    """The client half as tasks are given to it, with what attackers make of it."""
+    return around_client(config, attacking(config, data.attackers, half))
 
 
 def adapter_client(
@@ -309,7 +315,7 @@ def client_half_of(recipe_text: str, own_bundle: str | None = None, secret_hex: 
         return federation(config, folder, secret=secret).client
     emulated = load_emulator(config, read_bundle(folder))
     rows = allocate_clients(replace(config, model=replace(config.model, path=str(folder))))
-    return around_client(config, emulator_client(config, emulated, rows, secret))
+    return clients_side(config, rows, emulator_client(config, emulated, rows, secret))
 
 
 def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
@@ -319,6 +325,8 @@ def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
         "data": data.train.digest,
         "test": data.test.digest,
         "model": base_digest(config.model),
+        **({"gate": digest} if (digest := gate_digest(config)) else {}),
+        **({"attack": rows_digest(rows)} if (rows := bad_rows(config)) else {}),
     }
 
 
@@ -345,6 +353,12 @@ def scheduler(
         fix = "Ask more clients in a round, or lower secure_aggregation.min_clients: a sum of few hides little."
         expected = f"at least secure_aggregation.min_clients, {secure.min_clients}, in a round"
         raise UserError(Problem("scheduling.selection", expected, str(first.wanted), fix))
+    least = least_updates(config.aggregation.robust)
+    drawn = isinstance(selection, Poisson)  # how many come is known in the round
+    if config.method in FEDERATED and not drawn and first.wanted < least:
+        fix = "Ask more clients, or set it lower."
+        got = f"{first.wanted} clients a round"
+        raise UserError(Problem("aggregation.robust.byzantine", f"at least {least} clients a round", got, fix))
     return schedule
 
 

@@ -48,6 +48,18 @@ class UpdateRefused(FlocktuneError):
     """A client's update that must not touch the state (names, shapes, dtypes, NaN, weight)."""
 
 
+class TooFewUpdates(FlocktuneError):
+    """A rule of aggregation that means nothing for so few updates; ``setting`` is what asks for ``needed``."""
+
+    def __init__(self, needed: int, setting: str) -> None:
+        self.needed, self.setting = needed, setting
+        super().__init__(f"{setting}: needs at least {needed} updates in a round")
+
+
+class GateShut(FlocktuneError):
+    """So many rounds in a row were rolled back that the run ends. The state is that before them."""
+
+
 REASONS_SHOWN = 50
 """Of a round's clients in a message; ``RoundFailed.failures`` has them all."""
 

@@ -21,6 +21,7 @@ from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.gate import gate_digest
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
@@ -95,6 +96,7 @@ def estimate(config: RunConfig) -> Estimate:
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
     if config.method == "fedbiot":
         attempt(lambda: public_rows(config))
+    attempt(lambda: gate_digest(config))
     if skeleton is not None and data is not None:
         attempt(lambda: check_context(config, data, skeleton))
     if config.lora.start_from is not None and counts is not None:

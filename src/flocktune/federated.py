@@ -65,6 +65,9 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
     if config.canaries is not None:
         fix = "Nobody's rows are added to here. Look for them where the data may be: flocktune run"
         problems.append(Problem("canaries", "none in a federation", "some", fix))
+    if config.attack is not None:
+        fix = "Attacks are simulated where all rows are yours: flocktune run"
+        problems.append(Problem("attack", "none in a federation", config.attack.kind, fix))
     if config.compare != CompareConfig():
         fix = "Baselines need all rows in one place. Run them where they may be: flocktune run"
         problems.append(Problem("compare", "no baselines in a federation", "some", fix))

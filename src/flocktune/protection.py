@@ -5,9 +5,11 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import cast
 
+from flocktune.aggregation.robust import rule
 from flocktune.algorithms.preferences import with_reference
 from flocktune.compression.transform import compression
 from flocktune.config.privacy_rules import privacy_in_force
@@ -17,6 +19,7 @@ from flocktune.engine.client import on_wire, transformed
 from flocktune.engine.rounds import Collect, one_by_one
 from flocktune.errors import Problem, UserError
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
+from flocktune.models.lora import scale
 from flocktune.privacy.clients import ClientPrivacy, clipping, noised
 from flocktune.privacy.secagg.messages import from_client, method_part
 from flocktune.types import ClientTask, Expected, Tensors
@@ -50,6 +53,8 @@ def around_server(config: RunConfig, server: ServerHalf, clients: int = 1, secre
     """
     if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
         server = with_reference(server)
+    if config.aggregation.robust and config.method in FEDERATED:
+        server = _robust(config, server)
     privacy = client_privacy(config, clients)
     return noised(server, privacy, secret) if privacy else server
 
@@ -94,3 +99,10 @@ def _refuse_missing() -> None:
     if find_spec("cryptography") is None:
         fix = "pip install 'flocktune[privacy]'"
         raise UserError(Problem("secure_aggregation", "the package cryptography", "not found", fix))
+
+
+def _robust(config: RunConfig, server: ServerHalf) -> ServerHalf:
+    """``server`` with the recipe's rule, which finds what updates are changes of by their own names."""
+    assert config.aggregation.robust is not None
+    combine = rule(config.aggregation.robust, scale(config.lora))
+    return replace(server, combine=lambda updates, message: combine(updates, {**message, **server.returned(message)}))

@@ -10,6 +10,7 @@ from flocktune.algorithms.drift import methods_own
 from flocktune.algorithms.preferences import PREFERENCE_METRICS
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.assemble import Assembly
+from flocktune.attacks import untriggered_success
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import SamplePrivacy
 from flocktune.costs import client_cost
@@ -96,8 +97,19 @@ def summarise(
         "trainable_parameters": sum(value.numel() for value in adapter.values()),
         "adapter_sha256": digest(adapter),
         **_spent_in_all(fed, rounds),
+        **({"rolled_back": sum(event.get("rolled_back", False) for event in rounds)} if fed.config.gate else {}),
+        **_backdoor(fed, results),
         **(_client_cost(fed) if fed.data.train.examples else {}),  # owners' rows are not here to be measured
     }
+
+
+def _backdoor(fed: Assembly, results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The shares of held-out prompts that are answered with a backdoor's target, with its trigger and without."""
+    found = results.get("triggered")
+    if found is None or not found.answers:
+        return {}
+    without = untriggered_success(fed.config, results["held_out"].answers)
+    return {"backdoor": {"with_trigger": found.overall["contains"].value, "without_trigger": without}}
 
 
 def _client_cost(fed: Assembly) -> dict[str, Any]:

@@ -41,8 +41,10 @@ IDENTITY = {
     "model": "base model",
     "public": "public data",
     "emulator": "emulator",
+    "gate": "gate's files",
+    "attack": "attackers' rows",
 }
-"""What a run stands on beside its recipe, and how it is called; the last two are FedBiOT's."""
+"""What a run stands on beside its recipe, and how it is called; the public data and the emulator are FedBiOT's."""
 
 
 def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> None:

@@ -25,19 +25,20 @@ from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
+from flocktune.gate import told
 from flocktune.interfaces import Engine, State
 from flocktune.per_client import evaluations, fine_tune, keep_own
 from flocktune.privacy.noise import read_or_make_key
 from flocktune.protection import secured
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.resident import Base
+from flocktune.resident import Base, Instructions
 from flocktune.run_events import round_event, spent, start_event, summarise
 from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, show_bundle, write_adapter
 from flocktune.types import Tensors
 
-HELD_OUT, ON_EMULATOR = "held_out", "held_out_emulator"
+HELD_OUT, ON_EMULATOR, TRIGGERED = "held_out", "held_out_emulator", "triggered"
 """The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu),
-and with FedBiOT's adapter on the emulator (AdapEmu)."""
+with FedBiOT's adapter on the emulator (AdapEmu), and with a backdoor's trigger in them, the target as the answer."""
 
 
 SECRET = "secret.key"
@@ -196,7 +197,8 @@ class _Run:
     def _on_round(self, record: RoundRecord, state: State) -> None:
         """Write the event, evaluate if it is time, save. The event comes first: a resume drops what was not saved."""
         config, done = self.fed.config, record.round + 1
-        self._emit({**round_event(record, self.carried_s), **spent(self.fed, done, record)})
+        event = {**round_event(record, self.carried_s), **spent(self.fed, done, record), **told(config.gate, state)}
+        self._emit(event)
         every = config.evaluation.every
         if every and done % every == 0 and done < self.fed.rounds:
             self._evaluate(state, done, config.evaluation.max_rows)
@@ -219,12 +221,14 @@ class _Run:
         results: dict[str, Evaluation] = {}
         if not fed.data.test.examples:
             return results
-        plugged = {HELD_OUT: (fed.base, fed.server.result(state))}
+        plugged = {HELD_OUT: (fed.base, fed.server.result(state), fed.data.test)}
         if fed.emulated:
-            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state))
-        for name, (base, adapter) in plugged.items():
+            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state), fed.data.test)
+        if fed.triggered and fed.triggered.examples:
+            plugged[TRIGGERED] = (fed.base, fed.server.result(state), fed.triggered)
+        for name, (base, adapter, rows) in plugged.items():
             started = time.perf_counter()
-            results[name] = evaluate_adapter(fed, base, adapter, max_rows)
+            results[name] = evaluate_adapter(fed, base, adapter, rows, max_rows)
             numbers = {"dataset": name, **results[name].as_dict(), "seconds": time.perf_counter() - started}
             self._emit({"event": "evaluation", "round": rounds_done, **numbers})
         return results
@@ -265,15 +269,17 @@ class _Run:
         return summary
 
 
-def evaluate_adapter(fed: Assembly, base: Base, adapter: Tensors, max_rows: int | None = None) -> Evaluation:
-    """Evaluate ``adapter`` in ``base`` on the held-out rows of ``fed``."""
+def evaluate_adapter(
+    fed: Assembly, base: Base, adapter: Tensors, rows: Instructions, max_rows: int | None = None
+) -> Evaluation:
+    """Evaluate ``adapter`` in ``base`` on ``rows``, as ``fed`` evaluates."""
     config = fed.config
     base.adapter.load(adapter)
     return evaluate(
         base.model,
         base.tokenizer,
-        fed.data.test.examples,
-        fed.data.test.encoded,
+        rows.examples,
+        rows.encoded,
         settings=config.evaluation,
         template=config.data.template,
         max_tokens=config.data.max_tokens,

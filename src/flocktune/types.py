@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = "Mapping[str, Tensor]"
 """Named tensors on the CPU. Names are canonical: module path + factor, no wrapper prefixes."""
 
+A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
+"""How the names of a module's two factors end."""
+
 
 @dataclass(frozen=True)
 class AtMost:

@@ -125,11 +125,32 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: config.secure_aggregation is not None and config.method in FEDERATED,
         ("secure_aggregation={min_clients: 2}", "aggregation.weights=equal"),
     ),
+    "robust": Feature(
+        "robust aggregation",
+        "aggregation.robust",
+        lambda config: config.aggregation.robust is not None and config.method in FEDERATED,
+        ("aggregation.robust={kind: median}",),
+    ),
+    "attack_on_rows": Feature(
+        "an attack on rows",
+        "attack",
+        lambda config: config.attack is not None and config.attack.kind in ("label_flip", "backdoor", "alignment"),
+        ("attack={kind: label_flip}",),
+    ),
+    "gate": Feature(
+        "a gate",
+        "gate",
+        lambda config: config.gate is not None and config.method in FEDERATED,
+        ("gate={probe: embedded-public}",),
+    ),
 }
 """Every feature that does not go with some other, by a short name."""
 
 _STALE = "An update that was begun rounds ago corrects for a server that is no longer there."
 _LOST = "What never arrives of an update puts the server's correction and the clients' apart, for good."
+_ALL_MEANS = "The server's correction has to be the mean of the clients', which a robust rule does not keep."
+_NO_WAY_BACK = "A round that is rolled back stays in the clients' corrections, which no longer fit the server's."
+
 _NO_FULL_MODEL = "A personal adapter is worth what it is in the full model, which FedBiOT's clients do not have."
 _WHO_CAME = "The server's correction depends on how many clients came, which noise on their mean does not hide."
 _UNCOUNTED = "A personal adapter is trained on the rows in steps that the rows' budget does not count."
@@ -152,6 +173,15 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("buffered", "secure_aggregation"): "Masks cancel among clients who begin and end a round together.",
     ("compression", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
     ("forgetful", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
+    ("buffered", "robust"): "Updates of one buffer are changes of different adapters, so distances between them tell of"
+    " their age too.",
+    ("robust", "scaffold"): _ALL_MEANS,
+    ("robust", "feddyn"): _ALL_MEANS,
+    ("gate", "scaffold"): _NO_WAY_BACK,
+    ("gate", "feddyn"): _NO_WAY_BACK,
+    ("dpo", "attack_on_rows"): "These attacks change a row's one answer, and a preference row has two.",
+    ("robust", "user_privacy"): "The noise hides a client in a mean of clipped updates, not in what a rule picks.",
+    ("robust", "secure_aggregation"): "What nobody sees one by one can not be compared: only a sum leaves the clients.",
 }
 """Two features, in any order -> why they can not go together."""
 

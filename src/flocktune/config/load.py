@@ -180,7 +180,9 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
 
 def _is_union_member(part: Any) -> bool:
     """Pydantic puts the union's member into the path (``iid``, ``tuple[str, ...]``); it is no key of the recipe."""
-    return isinstance(part, str) and (part in _KINDS or part in ("int", "str", "CustomTemplate") or "[" in part)
+    return isinstance(part, str) and (
+        part in _KINDS or part in ("int", "str", "constrained-float", "CustomTemplate") or "[" in part
+    )
 
 
 _KINDS = frozenset(
@@ -221,6 +223,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
     yield from _preference_checks(config)
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
+    yield from _pattern_checks(config)
     secure = config.secure_aggregation
     if secure and config.aggregation.weights != "equal" and secure.max_weight is None:
         fix = "Clients mask their values times weight / max_weight, and must all know that bound. Or weights: equal."
@@ -253,6 +256,17 @@ def _preference_checks(config: RunConfig) -> Iterator[Problem]:
     if loss.reference == "start" and config.lora.start_from is None:
         fix = "Name an adapter in lora.start_from, or set local.loss.reference=base: a fresh adapter is the base."
         yield Problem("local.loss.reference", "base without lora.start_from", "start", fix)
+
+
+def _pattern_checks(config: RunConfig) -> Iterator[Problem]:
+    """Regular expressions that are none."""
+    canaries = config.gate.canaries if config.gate else None
+    for place, pattern in enumerate(canaries.must_not if canaries else ()):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            where = f"gate.canaries.must_not.{place}"
+            yield Problem(where, "a regular expression", repr(pattern), f"{error}.")
 
 
 def _buffered_checks(config: RunConfig, buffered: schema.Buffered) -> Iterator[Problem]:

@@ -24,6 +24,23 @@ from flocktune.config.privacy import (  # noqa: F401 - every part of a recipe is
     SamplePrivacy,
     UserPrivacy,
 )
+from flocktune.config.robustness import (  # noqa: F401 - kinds of this recipe
+    AlignmentAttack,
+    Attack,
+    Backdoor,
+    CoordinateMedian,
+    GateCanaries,
+    GateConfig,
+    GeometricMedian,
+    Krum,
+    LabelFlip,
+    MultiKrum,
+    NormBound,
+    Refusals,
+    Robust,
+    TrimmedMean,
+    UpdateAttack,
+)
 from flocktune.config.secure_aggregation import SecureAggregationConfig
 
 EMBEDDED = "embedded"
@@ -343,12 +360,14 @@ class AggregationConfig:
     """How updates become the next adapter.
 
     ``weights``: what a client counts by. ``diagnose_clients``: over how many updates of a round the
-    aggregation error is measured (memory is held for so many; 0 is off).
+    aggregation error is measured (memory is held for so many; 0 is off). ``robust``: a rule in place of the
+    weighted mean, which counts every client once whatever it weighs, and holds a cohort's updates in memory.
     """
 
     weights: Literal["examples", "tokens", "equal"] = "examples"
     server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
     diagnose_clients: Count = 10
+    robust: Robust | None = None
 
 
 # --- FedBiOT ---------------------------------------------------------------------------------------
@@ -461,6 +480,8 @@ class RunConfig:
     ``personal``: an adapter for each client beside the common one; baselines ignore it.
     ``privacy``: differential privacy of clients (``user``) or of rows (``sample``); baselines ignore it.
     ``secure_aggregation``: see there; None is off, and methods with one client at a time ignore it.
+    ``gate``: what a round must pass to count; ``attack``: clients that attack, in a simulation. Baselines ignore both,
+    but a backdoor is looked for in them as well.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -476,6 +497,8 @@ class RunConfig:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     privacy: Privacy | None = None
     canaries: Canaries | None = None
+    gate: GateConfig | None = None
+    attack: Attack | None = None
     emulator: EmulatorConfig | None = None
     alignment: AlignmentConfig | None = None
     compression: CompressionConfig | None = None

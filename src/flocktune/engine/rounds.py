@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from flocktune.aggregation.mean import unchanged, weighted_mean
 from flocktune.engine.client import restored
-from flocktune.errors import RoundFailed, UpdateRefused
+from flocktune.errors import RoundFailed, TooFewUpdates, UpdateRefused
 from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
 from flocktune.scheduling import Cohort
 from flocktune.seeds import derive_seed
@@ -132,7 +132,13 @@ def run_rounds(
         metered = _Metered(engine)
         updates = intake.usable(collect(metered, tasks, cohort))
         first = next(updates, None)
-        combined = combine(server, chain([first], updates), message) if first else unchanged(server.returned(message))
+        try:
+            combined = (
+                combine(server, chain([first], updates), message) if first else unchanged(server.returned(message))
+            )
+        except TooFewUpdates as error:
+            few = len(intake.clients)
+            raise RoundFailed(number, error.needed, few, intake.failures, error.setting) from None
         if len(intake.clients) < cohort.quorum:
             raise RoundFailed(number, cohort.quorum, len(intake.clients), intake.failures)
         intake.bytes_up = metered.bytes_up

@@ -27,9 +27,7 @@ from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
 from flocktune.seeds import derive_seed
 from flocktune.tensors import mismatches
-from flocktune.types import Tensors
-
-A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
+from flocktune.types import A_SUFFIX, B_SUFFIX, Tensors
 
 ATTENTION_BLOCK = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_ENDINGS = frozenset(

@@ -221,15 +221,22 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _failures(experiment: Experiment) -> list[tuple[str, int, str, str]]:
-    """(run, round from 1, client, reason) of every failure of the main method."""
+    """(run, round from 1, client, reason) of every failure of the main method, and of rounds that were rolled back."""
     runs = experiment.methods.get(main_method(experiment)) or []
     return [
         (run.folder.name if len(runs) == 1 else str(run.folder.relative_to(experiment.folder)), event["round"] + 1,
          str(failure.get("client")), str(failure.get("reason")))
         for run in runs
         for event in run.rounds
-        for failure in event.get("failures") or []
+        for failure in [*(event.get("failures") or []), *_rolled_back(event)]
     ]  # fmt: skip
+
+
+def _rolled_back(event: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """A round that the gate did not let count, as a failure of all."""
+    if not event.get("rolled_back"):
+        return []
+    return [{"client": "all (rolled back)", "reason": "; ".join((event.get("gate") or {}).get("reasons") or [])}]
 
 
 def _facts(experiment: Experiment) -> list[tuple[str, str]]:

@@ -66,7 +66,7 @@ class LiveView:
             case "evaluation":
                 dataset = str(event.get("dataset", "test"))
                 told = "AdapFu" if plain_dataset(dataset) == dataset else "AdapEmu"
-                told = dataset if dataset.startswith("clients") else told
+                told = dataset if dataset.startswith(("clients", "triggered")) else told
                 self._scores[told] = _scores(event)
                 self._say(f"{dataset} after round {event['round']}: {self._scores[told]}")
             case "run_end":
@@ -120,6 +120,9 @@ class LiveView:
         self._recent.append((_round_seconds(event), number(event.get("tokens")) or 0.0))
         for failure in event.get("failures") or []:
             self._say(f"round {self._done}: {failure.get('client')} failed: {failure.get('reason')}", "yellow", True)
+        if event.get("rolled_back"):
+            why = "; ".join((event.get("gate") or {}).get("reasons") or [])
+            self._say(f"round {self._done}: rolled back: {why}", "yellow", True)
         if self.plain:
             self._say(self._line(event))
 

@@ -137,7 +137,7 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
         combined.pop("client", None)
     for key in ("bytes_up", "bytes_down", "seconds", "rounds"):
         combined[key] = _over([run.get(key) for run in runs], statistics.fmean)
-    for key in ("bytes_emulator", "client_cost"):  # only some methods have them
+    for key in ("bytes_emulator", "client_cost", "rolled_back", "backdoor"):  # only some methods have them
         if key in combined:
             combined[key] = _over([run.get(key) for run in runs], statistics.fmean)
     combined["peak_memory_bytes"] = _over([run.get("peak_memory_bytes") for run in runs], max)
