@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flocktune.aggregation import server_opt
-from flocktune.aggregation.lora import aggregation_error, product_norm_squared
+from flocktune.aggregation import lora, server_opt
+from flocktune.aggregation.lora import product_norm_squared
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.config.schema import ServerAdaptive, ServerSgd
 from flocktune.types import Mean, Update
@@ -196,6 +196,18 @@ def clients(count: int, rank: int = 3, seed: int = 0) -> list[dict[str, tuple[to
         }
         for _ in range(count)
     ]
+
+
+def aggregation_error(factors, weights) -> float:
+    """FedIT's: the mean of factors is what is achieved."""
+    shares = [weight / sum(weights) for weight in weights]
+    means = {
+        module: tuple(
+            sum(s * client[module][n].double() for s, client in zip(shares, factors, strict=True)) for n in (0, 1)
+        )
+        for module in factors[0]
+    }
+    return lora.aggregation_error(factors, shares, means)
 
 
 def dense_error(factors, weights) -> float:

@@ -53,6 +53,8 @@ def test_the_commented_recipe_states_every_setting(path: Path) -> None:
     allowed = {".local.epochs", ".local.momentum", ".allocation.kind", ".model.trust_remote_code"}
     if stated["method"] == "fedit":
         allowed |= {".emulator", ".alignment", ".compare.fedit"}  # FedBiOT's
+    else:
+        allowed |= {".aggregation.rule", ".ranks"}  # FedIT's
     assert set(missing(stated, known, "")) <= allowed
 
 

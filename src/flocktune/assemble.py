@@ -14,16 +14,18 @@ import torch
 from numpy.typing import NDArray
 
 from flocktune.aggregation.robust import least_updates
-from flocktune.algorithms import drift, fedavg, fedbiot
+from flocktune.algorithms import drift, factors, fedavg, fedbiot
 from flocktune.algorithms.alignment import Pair
 from flocktune.algorithms.local import ClientData, steps_per_round
 from flocktune.algorithms.personal import with_ditto, with_fine_tuning
 from flocktune.algorithms.preferences import PreferenceLoss, Preferences, no_adapter, with_its_reference
 from flocktune.algorithms.private_rows import accounted
+from flocktune.algorithms.rules import diagnose
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
 from flocktune.attacks import attacking, bad_rows, triggered
 from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
+from flocktune.config.factors import ByName
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
 from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.privacy_rules import privacy_in_force
@@ -77,7 +79,7 @@ from flocktune.resident import Base, Instructions, base_digest, load_base
 from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 from flocktune.tensors import group, mismatches
 from flocktune.training import Adjust, Penalty
-from flocktune.types import ClientTask, Expected, Tensors
+from flocktune.types import ClientTask, Expected, Tensors, Update
 
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
@@ -107,6 +109,11 @@ class Assembly:
     transforms: Sequence[Transform] = ()
     privacy: ClientPrivacy | None = None
     triggered: Instructions | None = None
+
+    @property
+    def diagnose(self) -> Callable[[Tensors, Sequence[Update]], Mapping[str, float]]:
+        """What a round tells of its rule, of what went out and what came back."""
+        return drift.diagnosed(diagnose(factors.sharing_of(self.config), self.server))
 
     def travels(self, task: ClientTask) -> Expected:
         """Names and shapes of what comes back over the wire for ``task``."""
@@ -141,6 +148,8 @@ def federation(
     rounds = 0 if config.method == "base" else config.rounds
     preferences = preferences_of(config, base.adapter)
     clients = client_data(config, base.pad_id, data, secret, preferences)
+    sharing, start = factors.sharing_of(config), starting_adapter(config, base.adapter)
+    refuse_ranks(config, list(data.clients))
     identity = identity_of(config, data)
     half = adapter_client(config, base.adapter, clients, local, rounds=rounds)
     client = clients_side(config, data, with_its_reference(half, preferences))
@@ -148,14 +157,15 @@ def federation(
     if isinstance(personal, FineTune):  # around all: what it makes does not travel
         client = with_fine_tuning(client, personal, base.adapter, clients, local)
     privacy = client_privacy(config, len(data.clients))
-    server = corrected(config, fedavg.server_half(config.aggregation), clients, data)
+    server = factors.around_server(sharing, start, fedavg.server_half(config.aggregation))
+    server = corrected(config, server, clients, data)
     return Assembly(
         config,
         base,
         data,
         privacy.affordable_or_refused() if privacy else rounds,
         fedavg.KIND,
-        starting_adapter(config, base.adapter),
+        start,
         around_server(config, behind_gate(config, base, server), len(data.clients), secret),
         client,
         scheduler(config, data.clients, secret),
@@ -214,7 +224,8 @@ def adapter_client(
     half, personal = drift.corrected_client(correction_of(config), make), personal_of(config)
     if isinstance(personal, Ditto):
         half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
-    return accounted(half, lambda client: data(client).private)
+    half = accounted(half, lambda client: data(client).private)
+    return factors.around_client(factors.sharing_of(config), adapter.parameters, half)
 
 
 def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, secret: bytes | None = None) -> ClientHalf:
@@ -360,6 +371,14 @@ def scheduler(
         got = f"{first.wanted} clients a round"
         raise UserError(Problem("aggregation.robust.byzantine", f"at least {least} clients a round", got, fix))
     return schedule
+
+
+def refuse_ranks(config: RunConfig, clients: Sequence[str]) -> None:
+    """Raise UserError for ranks of clients that there are not."""
+    named = config.ranks.ranks if isinstance(config.ranks, ByName) else {}
+    unknown = sorted(set(named) - set(clients))
+    if unknown:
+        raise UserError(Problem("ranks.ranks", f"clients of this run, such as {clients[0]}", ", ".join(unknown)))
 
 
 def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:

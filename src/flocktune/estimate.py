@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,23 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from flocktune.algorithms.factors import around_server, sharing_of
+from flocktune.algorithms.fedavg import server_half
 from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.allocation import ClientRows, allocate_clients, client_data
-from flocktune.assemble import check_context, given_adapter, scheduler, updates_a_round
+from flocktune.assemble import check_context, given_adapter, refuse_ranks, scheduler, updates_a_round
 from flocktune.config.capabilities import correction_of
 from flocktune.config.drift import Scaffold
+from flocktune.config.factors import SIDED
 from flocktune.config.schema import RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.gate import gate_digest
+from flocktune.interfaces import Transform
+from flocktune.models.factors import pairs
 from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
@@ -29,6 +34,7 @@ from flocktune.models.split import plan_split
 from flocktune.protection import client_privacy, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
+from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
 from flocktune.wire import encoded_size
 
@@ -38,11 +44,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Costs of a run. Bytes are of float32 factors; memory is a rough upper figure, said to be an estimate.
+    """Costs of a run. Bytes are of float32 factors, those of a round are the mean over all rounds.
 
-    With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it.
-
-    ``memory_bytes`` is of one process that holds everything; ``client_memory_bytes`` of a client alone.
+    With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it. Memory is a
+    rough upper figure, said to be an estimate: ``memory_bytes`` is of one process that holds everything,
+    ``client_memory_bytes`` of a client alone.
     """
 
     base_parameters: int
@@ -94,6 +100,8 @@ def estimate(config: RunConfig) -> Estimate:
     attempt(lambda: refuse_missing(config))
     data = attempt(lambda: allocate_clients(config))
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
+    if data is not None:
+        attempt(lambda: refuse_ranks(config, list(data.clients)))
     if config.method == "fedbiot":
         attempt(lambda: public_rows(config))
     attempt(lambda: gate_digest(config))
@@ -113,9 +121,8 @@ def estimate(config: RunConfig) -> Estimate:
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
     travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
     rows_per_step = config.local.batch_size * config.local.accumulate
+    down, up = _round_bytes(config, counts.trained, list(data.clients), cohort, transforms)
     base, emulator = counts.base, counts.emulator
-    travels = on_wire(transforms, counts.trained)
-    up = encoded_size(travels) if transforms else 4 * trainable
     held = counts.held
     client_bytes = held.base_bytes + _training_bytes(
         config, trainable, counts.trained_layers, held.width, held.vocabulary
@@ -130,9 +137,9 @@ def estimate(config: RunConfig) -> Estimate:
         untrainable_rows=len(data.train.report.untrainable),
         rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
         adapter_bytes=4 * trainable,
-        round_bytes_down=4 * (travelling * trainable + frozen) * cohort,
-        round_bytes_up=travelling * up * cohort,
-        up_at_most=any(isinstance(value, AtMost) for value in travels.values()),
+        round_bytes_down=travelling * down + 4 * frozen * cohort,
+        round_bytes_up=travelling * up,
+        up_at_most=any(isinstance(value, AtMost) for value in on_wire(transforms, counts.trained).values()),
         steps_total=steps,
         tokens_total=int(steps * rows_per_step * mean_tokens),
         memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
@@ -183,6 +190,35 @@ def _counts(config: RunConfig, skeleton: PreTrainedModel) -> _Counts:
     stored = held.parameters * stored_dtype(config.model).itemsize
     emulator = EmulatorCosts(len(plan.held), plan.layers, held.parameters, stored)
     return _Counts(base, held, plan.to_full(parts[ADAPTER]), parts[EMULATOR], len(plan.held) - plan.frozen, emulator)
+
+
+def _round_bytes(
+    config: RunConfig, trained: Tensors, clients: Sequence[str], cohort: int, transforms: Sequence[Transform]
+) -> tuple[int, int]:
+    """Bytes of factors down and up in a round, the mean over rounds: a side adapter grows with each."""
+    whole = {name: torch.zeros(value.shape) for name, value in trained.items()}
+    sharing = sharing_of(config)
+    server = around_server(sharing, whole, server_half(config.aggregation))
+    rounds = range(max(1, config.rounds))
+    down = up = 0.0
+    for number in rounds[:2]:  # what is trained alternates, or is the same in every round
+        message = server.message(server.init(whole), number)
+        share = len(rounds[number::2]) / len(rounds)
+        for client in clients:
+            received = server.addressed(message, client)
+            down += share * size_bytes(received) / len(clients)
+            back = server.returned(received)
+            up += share * (encoded_size(on_wire(transforms, back)) if transforms else size_bytes(back)) / len(clients)
+    ranks = [sharing.rank_of(client) if sharing.rank_of else sharing.rank for client in clients]
+    grows = 0.0  # by as many directions as clients have factors; of those, a residual has one of each row less
+    if sharing.rule in SIDED:
+        most = cohort - (sharing.rule == "fedex_lora")
+        have = [sum(rank > row for rank in ranks) / len(ranks) for row in range(sharing.rank)]
+        grows = sum(min(most, cohort * fraction) for fraction in have)
+    for a, b in pairs(whole).values():
+        held = [min(number * grows, a.shape[1], len(b)) for number in rounds]
+        down += 4 * (a.shape[1] + len(b)) * sum(held) / len(held)
+    return round(down * cohort), round(up * cohort)
 
 
 def _refuse_quantization(config: RunConfig, device: torch.device) -> None:

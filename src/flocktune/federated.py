@@ -7,7 +7,7 @@ of one file per client (allocation ``natural``) holds for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flocktune.algorithms import fedavg, fedbiot
+from flocktune.algorithms import factors, fedavg, fedbiot
 from flocktune.algorithms.preferences import with_its_reference
 from flocktune.allocation import ClientRows, check_rows, client_data
 from flocktune.assemble import (
@@ -33,6 +33,7 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_bytes
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
+from flocktune.models.factors import fresh
 from flocktune.protection import around_server
 from flocktune.resident import Instructions, load_base, load_instructions
 from flocktune.types import ClientTask, Tensors
@@ -113,11 +114,13 @@ def _no_rows(digest: str) -> Instructions:
 class OwnersSide:
     """One owner's half of a run, without what the recipe puts around it: the owner's own bounds come before that.
 
-    ``expected``: a task, without its tensors -> the names and shapes that these have.
+    ``expected``: a task, without its tensors -> the names and shapes that these have. ``optional``: those that may be
+    there or not, their dtype and shape, with None for any size.
     """
 
     half: ClientHalf
     expected: Callable[[ClientTask], Tensors]
+    optional: Mapping[str, tuple[str, Sequence[int | None]]]
     rows: int
 
 
@@ -142,24 +145,26 @@ def owners_side(
         base = load_base(own.model, own.lora, own.runtime.device)
         preferences = preferences_of(own, base.adapter)
         batches = client_data(own, base.pad_id, mine, secret, preferences)
+        sharing, whole = factors.sharing_of(own), fresh(base.adapter.parameters, 0)
         half = adapter_client(own, base.adapter, batches, own.local, rounds=own.rounds)
         half = with_its_reference(half, preferences)
-        server = fedavg.server_half(own.aggregation)
+        server = factors.around_server(sharing, whole, fedavg.server_half(own.aggregation))
+        optional = factors.optional(sharing, whole, client)
     else:
         emulated = load_emulator(own, emulator)
         base = emulated.base
         half = emulator_client(own, emulated, mine, secret)
-        server = fedbiot.message_half(emulator.plan)
+        server, whole, optional = fedbiot.message_half(emulator.plan), base.adapter.tensors(), {}
     check_rows([train], base.model)
     refuse_leaks(own, base)
     server = around_server(own, server)
-    start = server.init(base.adapter.tensors())
+    start = server.init(whole)
 
     def expected(task: ClientTask) -> Tensors:
         """What the recipe's own server half sends: names and shapes are those of its first state."""
         return server.addressed(server.message(start, task.round), client)
 
-    return OwnersSide(half, expected, len(rows))
+    return OwnersSide(half, expected, optional, len(rows))
 
 
 def bundle_tensors(bundle: Bundle) -> Tensors:

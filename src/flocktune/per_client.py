@@ -60,7 +60,7 @@ def evaluations(fed: Assembly, result: Tensors, memories: Mapping[str, Memory]) 
     """
     if not fed.data.own_test:
         return
-    own = own_adapters(memories)
+    own = own_adapters(result, memories)
     for name, adapters in ((CLIENTS, {}), *([(OWN, own)] if own else [])):
         started = time.perf_counter()
         losses = _losses(fed, result, adapters)
@@ -88,9 +88,9 @@ def _losses(fed: Assembly, result: Tensors, adapters: Mapping[str, Tensors]) -> 
     return found
 
 
-def keep_own(fed: Assembly, memories: Mapping[str, Memory], folder: Path) -> int:
+def keep_own(fed: Assembly, result: Tensors, memories: Mapping[str, Memory], folder: Path) -> int:
     """How many clients have an adapter of their own. They are written to ``folder``/CLIENT if the recipe says so."""
-    own, settings = own_adapters(memories), personal_of(fed.config)
+    own, settings = own_adapters(result, memories), personal_of(fed.config)
     if settings is not None and settings.keep:
         for client, adapter in own.items():
             write_adapter(folder / folder_name(client), adapter, fed.config, fed.base.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from flocktune.allocation import allocate_clients
 from flocktune.config.load import build_config, load_recipe
-from flocktune.config.schema import ModelConfig, RunConfig
+from flocktune.config.schema import LoraConfig, ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example
 from flocktune.emulation import compress, emulator_settings
@@ -22,7 +23,8 @@ from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
 from flocktune.models.bundle import MANIFEST, Bundle, read_bundle
 from flocktune.models.load import quietly
-from flocktune.models.peft_io import CONFIG_FILE, import_peft
+from flocktune.models.lora import pairs, scale
+from flocktune.models.peft_io import CONFIG_FILE, import_peft, unfolded
 from flocktune.report.events import LOG_NAME, read_events
 from flocktune.resident import Base, forget_models, load_base, load_instructions
 from flocktune.run_folder import EXPERIMENT, PROMPTING, write_adapter
@@ -57,19 +59,28 @@ def open_result(
             raise UserError(Problem(str(path), "an adapter that names its base model", "none", "Name it: --base"))
         # Without our own file beside it, the adapter was trained elsewhere: Alpaca's template is the usual one.
         data = read_json(path / PROMPTING) if (path / PROMPTING).exists() else {}
-        config = replace(build_config({"data": data}), model=ModelConfig(path=named), lora=lora)
+        config = replace(build_config({"data": data}), model=ModelConfig(path=named), lora=_attachable(lora, tensors))
     else:
         run = find_run(path, method)
         tensors, lora = import_peft(run / "adapter")
         config = load_recipe(run / "recipe.yaml")
         # FedBiOT's adapter is on some layers only: the files say on which, not the recipe.
-        lora = lora if config.method == "fedbiot" else config.lora
-        config = replace(config, lora=replace(lora, start_from=None))
+        within = lora if config.method == "fedbiot" else config.lora
+        config = replace(config, lora=replace(within, start_from=None))
         if base_model:
             config = replace(config, model=replace(config.model, path=base_model))
     base = load_base(config.model, config.lora, config.runtime.device)
-    base.adapter.load(tensors)
-    return Tuned(config, base, tensors)
+    adapter = unfolded(tensors, lora, config.lora.rank)
+    base.adapter.load(adapter)
+    return Tuned(config, base, adapter)
+
+
+def _attachable(lora: LoraConfig, tensors: Tensors) -> LoraConfig:
+    """``lora`` with the largest rank that a trained adapter may have: a side adapter makes an exported one larger."""
+    rank = min([lora.rank, *(side for a, b in pairs(tensors).values() for side in (a.shape[1], b.shape[0]))])
+    if rank == lora.rank:
+        return lora
+    return replace(lora, rank=rank, alpha=scale(lora) * (math.sqrt(rank) if lora.rslora else rank))
 
 
 def _open_emulator(run: Path) -> Tuned:

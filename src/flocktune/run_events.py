@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flocktune.algorithms.drift import methods_own
 from flocktune.algorithms.preferences import PREFERENCE_METRICS
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.assemble import Assembly
@@ -18,6 +17,7 @@ from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
 from flocktune.models.bundle import Bundle
+from flocktune.models.factors import of_side
 from flocktune.protection import secured
 from flocktune.tensors import digest
 from flocktune.types import Mean, Tensors
@@ -33,7 +33,7 @@ def start_event(fed: Assembly) -> dict[str, Any]:
         "rounds": fed.rounds,
         **fed.data.describe(),
         **({"emulator": describe_emulator(fed.emulated.bundle)} if fed.emulated else {}),
-        "trainable_parameters": sum(value.numel() for value in _trained(fed).values()),
+        "trainable_parameters": _trained(fed),
         **_set_aside(fed),
         "model": fed.config.model.path,
         "device": str(fed.base.device),
@@ -67,9 +67,10 @@ def describe_emulator(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _trained(fed: Assembly) -> Tensors:
-    """What clients train: the names of an update, but for what corrects it."""
-    return methods_own(fed.server.returned(fed.server.message(fed.server.init(fed.start), 0)))
+def _trained(fed: Assembly) -> int:
+    """Numbers in the adapter that clients train, without what lies beside it."""
+    adapter = fed.server.result(fed.server.init(fed.start))
+    return sum(value.numel() for name, value in adapter.items() if not of_side(name))
 
 
 def summarise(
@@ -94,7 +95,7 @@ def summarise(
         + sum(event["seconds"] for event in evaluations),
         "client_seconds_per_step": _seconds_per_step(rounds),
         "peak_memory_bytes": peak_memory_bytes(),
-        "trainable_parameters": sum(value.numel() for value in adapter.values()),
+        "trainable_parameters": _trained(fed),
         "adapter_sha256": digest(adapter),
         **_spent_in_all(fed, rounds),
         **({"rolled_back": sum(event.get("rolled_back", False) for event in rounds)} if fed.config.gate else {}),

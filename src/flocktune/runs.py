@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flocktune.algorithms import drift, fedavg, fedbiot
+from flocktune.algorithms import fedbiot
 from flocktune.assemble import Assembly, engine_of, evaluation_loss, federation
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.privacy_rules import privacy_in_force
@@ -168,7 +168,7 @@ class _Run:
                 on_reply=self._on_reply,
                 on_round=self._on_round,
                 should_stop=stop.is_set,
-                diagnose=drift.diagnosed(fedavg.diagnose),
+                diagnose=fed.diagnose,
                 # Of a sum alone the error of averaging A and B apart can not be known.
                 diagnose_clients=0 if secured(config) else config.aggregation.diagnose_clients,
             ),
@@ -254,7 +254,7 @@ class _Run:
         self._export(adapter, self.folder / "adapter")
         fine_tune(fed, self.engine, adapter)
         by_client = self._evaluate_clients(adapter, fed.rounds)
-        own = keep_own(fed, self.engine.memories, self.folder / "personal")
+        own = keep_own(fed, adapter, self.engine.memories, self.folder / "personal")
         if fed.emulated:
             whole, model = fedbiot.emulator_result(state), fed.emulated.base.model
             write_adapter(

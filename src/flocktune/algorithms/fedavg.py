@@ -11,23 +11,25 @@ when there are two, every draw has a seed, and a client whose update is not fini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from flocktune.aggregation import server_opt
-from flocktune.aggregation.lora import aggregation_error
 from flocktune.algorithms.local import ClientData, train_locally
 from flocktune.config.schema import AggregationConfig, LocalConfig
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
-from flocktune.models.lora import Adapter, pairs
-from flocktune.tensors import add_scaled, group, prefixed
+from flocktune.models.lora import Adapter
+from flocktune.tensors import group, prefixed
 from flocktune.training import Adjust, Penalty
 from flocktune.types import ClientTask, Tensors, Update
 
 KIND = "fedavg"
 
+FIXED = "fixed"
+"""The group of factors in a message that a client uses and does not train."""
+
 
 def server_half(aggregation: AggregationConfig) -> ServerHalf:
-    """State: ``adapter/*`` (float32) and the server optimiser's ``optimizer/*``."""
+    """State: ``adapter/*`` (float32) and the server optimiser's ``optimizer/*``. Updates may be of some names only."""
     settings = aggregation.server_optimizer
 
     def init(adapter: Tensors) -> State:
@@ -37,13 +39,19 @@ def server_half(aggregation: AggregationConfig) -> ServerHalf:
         return group(state, "adapter")
 
     def step(state: State, update: Update) -> State:
-        adapter, optimizer = server_opt.step(settings, group(state, "adapter"), update.delta, group(state, "optimizer"))
-        return {**prefixed("adapter", adapter), **prefixed("optimizer", optimizer)}
+        changed = {name: value for name, value in group(state, "optimizer").items() if _of(name) in update.delta}
+        adapter, optimizer = server_opt.step(settings, group(state, "adapter"), update.delta, changed)
+        return {**state, **prefixed("adapter", adapter), **prefixed("optimizer", optimizer)}
 
     def result(state: State) -> Tensors:
         return group(state, "adapter")
 
     return ServerHalf(init, message, step, result)
+
+
+def _of(name: str) -> str:
+    """The factor that a tensor of the optimiser (``first/<factor>``) belongs to."""
+    return name.partition("/")[2]
 
 
 def client_half(
@@ -58,22 +66,17 @@ def client_half(
 ) -> ClientHalf:
     """Local training of ``adapter`` (attached to a resident base model) on the client's own data.
 
-    See :func:`train_locally`. The half keeps nothing between calls.
+    See :func:`train_locally`. Factors of the group ``fixed`` are used and not trained. The half keeps nothing between
+    calls.
     """
 
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-        adapter.load(task.tensors)
+        received = {name: value for name, value in task.tensors.items() if not name.startswith(FIXED + "/")}
+        adapter.load({**group(task.tensors, FIXED), **received})
         mine = data(task.client)
         update = train_locally(
-            adapter, task.tensors, task, mine, local, weights, rounds=rounds, penalty=penalty, adjust=adjust
+            adapter, received, task, mine, local, weights, rounds=rounds, penalty=penalty, adjust=adjust
         )
         return update, memory
 
     return train
-
-
-def diagnose(message: Tensors, updates: Sequence[Update]) -> dict[str, float]:
-    """``aggregation_error``: what averaging A and B apart costs in this round, relative to the ideal change."""
-    trained = {name: message[name] for name in updates[0].delta if name in message}  # not what transforms send
-    factors = [pairs(add_scaled(trained, update.delta)) for update in updates]
-    return {"aggregation_error": aggregation_error(factors, [update.weight for update in updates])}

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from flocktune.algorithms.factors import OWN, with_own
 from flocktune.algorithms.local import ClientData, train_locally
 from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.schema import LocalConfig
@@ -92,15 +93,20 @@ def with_fine_tuning(
             return half(task, memory)
         adapter.load(task.tensors)
         update = train_locally(adapter, task.tensors, task, data(task.client), own_local, "equal", rounds=1, loss=loss)
-        return replace(update, delta={}), {**memory, **prefixed(PERSONAL, adapter.tensors())}
+        return replace(update, delta={}), {**memory, **prefixed(PERSONAL, {**task.tensors, **adapter.tensors()})}
 
     return train
 
 
-def own_adapters(memories: Mapping[str, Memory]) -> dict[str, Tensors]:
-    """Client -> its own adapter, of those that have one."""
-    found = {client: group(memory, PERSONAL) for client, memory in memories.items()}
-    return {client: adapter for client, adapter in found.items() if adapter}
+def own_adapters(result: Tensors, memories: Mapping[str, Memory]) -> dict[str, Tensors]:
+    """Client -> its own adapter, of those that have one; FedSA-LoRA's is the common A of ``result`` with the own B."""
+    found: dict[str, Tensors] = {}
+    for client, memory in memories.items():
+        if own := group(memory, PERSONAL):
+            found[client] = own
+        elif group(memory, OWN):
+            found[client] = with_own(result, memory)
+    return found
 
 
 def _is_personal(name: str) -> bool:

@@ -8,11 +8,12 @@ A feature is something that a recipe asks for; a pair that is not in :data:`REFU
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from flocktune.config.drift import Correction, FedDyn, Scaffold
+from flocktune.config.factors import NOT_A_MEAN, OTHER_RULES, SIDED, Rule
 from flocktune.config.personal import Ditto, FineTune, Personal
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import FEDERATED, Dpo, RunConfig, SamplePrivacy, ServerSgd, UserPrivacy
@@ -42,6 +43,15 @@ class Feature:
     example: tuple[str, ...] = ()
 
 
+def _of_rule(rule: Rule) -> Feature:
+    return Feature(
+        f"the rule {rule}",
+        "aggregation.rule",
+        lambda config: config.aggregation.rule == rule and config.method in FEDERATED,
+        (f"aggregation.rule={rule}",),
+    )
+
+
 FEATURES: Mapping[str, Feature] = {
     "baseline": Feature(
         "base, local, centralised", "method", lambda config: config.method not in FEDERATED, ("method=centralised",)
@@ -56,6 +66,30 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start",
         ("lora.start_from=ADAPTER", "local.loss={kind: dpo, reference: start}"),
     ),
+    **{rule: _of_rule(rule) for rule in OTHER_RULES},
+    "ranks": Feature(
+        "differing ranks",
+        "ranks",
+        lambda config: config.ranks is not None and config.method in FEDERATED,
+        ("ranks={kind: by_class, classes: [{rank: 2, fraction: 1.0}]}",),
+    ),
+    "product_penalty": Feature(
+        "a proximal term on products",
+        "local.proximal_on",
+        lambda config: config.local.proximal_mu > 0 and config.local.proximal_on == "products",
+        ("local.proximal_mu=0.1", "local.proximal_on=products"),
+    ),
+    "remembering": Feature(
+        "lossy updates with error feedback",
+        "compression.error_feedback",
+        lambda config: (
+            config.compression is not None
+            and config.compression.lossy
+            and config.compression.error_feedback
+            and config.method in FEDERATED
+        ),
+        ("compression={format: int8}",),
+    ),
     "buffered": Feature(
         "buffered rounds",
         "scheduling.buffered",
@@ -66,7 +100,7 @@ FEATURES: Mapping[str, Feature] = {
         "compressed updates",
         "compression",
         lambda config: config.compression is not None and config.method in FEDERATED,
-        ("compression={format: int8}",),
+        ("compression={format: float32}",),
     ),
     "server_optimizer": Feature(
         "a server optimiser",
@@ -154,6 +188,15 @@ _NO_WAY_BACK = "A round that is rolled back stays in the clients' corrections, w
 _NO_FULL_MODEL = "A personal adapter is worth what it is in the full model, which FedBiOT's clients do not have."
 _WHO_CAME = "The server's correction depends on how many clients came, which noise on their mean does not hide."
 _UNCOUNTED = "A personal adapter is trained on the rows in steps that the rows' budget does not count."
+_BOTH_WHOLE = "A correction is of both factors of one rank, the same in every round."
+_WHOLE_START = "The reference is the adapter that a run starts from, of which these clients do not receive the whole."
+_NEAR = "Ditto keeps its own adapter near the whole common one, which clients do not receive."
+
+
+def _each(features: Sequence[str], **reasons: str) -> dict[tuple[str, str], str]:
+    """Every one of ``features`` with every name of ``reasons``."""
+    return {(one, other): why for other, why in reasons.items() for one in features}
+
 
 REFUSED: Mapping[tuple[str, str], str] = {
     ("fedbiot", "ditto"): _NO_FULL_MODEL,
@@ -170,8 +213,11 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("ditto", "sample_privacy"): _UNCOUNTED,
     ("fine_tune", "sample_privacy"): _UNCOUNTED,
     ("dpo", "sample_privacy"): "A pair is two sequences, and gradients are clipped one sequence at a time.",
+    ("reference", "sample_privacy"): "A pair is two sequences, and gradients are clipped one sequence at a time.",
     ("buffered", "secure_aggregation"): "Masks cancel among clients who begin and end a round together.",
     ("compression", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
+    ("remembering", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
+    ("ranks", "secure_aggregation"): "Masks cancel in a sum of updates of one shape.",
     ("forgetful", "secure_aggregation"): "Masks make every value 32 random bits: nothing is left to be compressed.",
     ("buffered", "robust"): "Updates of one buffer are changes of different adapters, so distances between them tell of"
     " their age too.",
@@ -182,6 +228,36 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("dpo", "attack_on_rows"): "These attacks change a row's one answer, and a preference row has two.",
     ("robust", "user_privacy"): "The noise hides a client in a mean of clipped updates, not in what a rule picks.",
     ("robust", "secure_aggregation"): "What nobody sees one by one can not be compared: only a sum leaves the clients.",
+    ("fedbiot", "ranks"): "FedBiOT's clients all train the emulator's adapter layers at lora.rank.",
+    ("rolora", "buffered"): "Updates begun in a round of the other factor have no mean with a round's own.",
+    ("ranks", "buffered"): "A buffer averages updates of one shape.",
+    ("ranks", "scaffold"): _BOTH_WHOLE,
+    ("ranks", "feddyn"): _BOTH_WHOLE,
+    ("ranks", "ditto"): _NEAR,
+    ("ranks", "user_privacy"): "Noise is for a mean of updates of one shape.",
+    ("ranks", "sample_privacy"): "Noise on every gradient fills the rows that a lower rank leaves at zero.",
+    ("ranks", "fine_tune"): "The result is of the largest rank, which not every client can train.",
+    **_each(OTHER_RULES, fedbiot="FedBiOT's clients average the adapter layers' factors; other rules are for FedIT."),
+    ("ranks", "robust"): "Robust rules compare updates of one shape.",
+    ("fedsa_lora", "gate"): "Of the server's result alone nothing can be judged: B is with the clients.",
+    **_each(OTHER_RULES, robust="A robust rule combines updates itself, and compares products of both factors."),
+    ("ranks", "reference"): _WHOLE_START,
+    **_each(SIDED, dpo="The reference is the base, and these rules put a side adapter beside it."),
+    **_each(OTHER_RULES, reference=_WHOLE_START),
+    **_each(OTHER_RULES, scaffold=_BOTH_WHOLE, feddyn=_BOTH_WHOLE, ditto=_NEAR),
+    **_each(
+        NOT_A_MEAN,
+        server_optimizer="A server optimiser moves by a mean of changes, and these rules have none.",
+        buffered="A buffer is averaged as it fills, and these rules need all updates of one message.",
+        secure_aggregation="The server learns one sum of all updates, and these rules need each of them.",
+        user_privacy="Noise is for a mean of clipped updates, and these rules have none.",
+    ),
+    **_each(
+        ("ffa_lora", "rolora"), product_penalty="The term is of changes of both factors, and these rules train one."
+    ),
+    **_each(
+        ("flora", "flexlora"), remembering="What was not sent was a change of other factors than the next round's."
+    ),
 }
 """Two features, in any order -> why they can not go together."""
 

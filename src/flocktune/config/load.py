@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
+from flocktune.config.factors import rank_problems
 from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
@@ -229,6 +230,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         fix = "Clients mask their values times weight / max_weight, and must all know that bound. Or weights: equal."
         got = f"none with aggregation.weights {config.aggregation.weights}"
         yield Problem("secure_aggregation.max_weight", "the largest weight that counts", got, fix)
+    yield from rank_problems(config.ranks, config.lora.rank)
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
         yield Problem(
             "evaluation.every",

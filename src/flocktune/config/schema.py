@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from flocktune.config.compression import CompressionConfig
 from flocktune.config.drift import Correction, FedDyn, Scaffold  # noqa: F401 - kinds of this recipe
 from flocktune.config.engines import Engine, InProcessEngine
+from flocktune.config.factors import ByClass, ByName, RankClass, Ranks, Rule  # noqa: F401 - kinds of this recipe
 from flocktune.config.losses import Dpo, LocalLoss, NextToken
 from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
 from flocktune.config.personal import Ditto, FineTune, Personal  # noqa: F401
@@ -359,11 +360,13 @@ ServerOptimizer: TypeAlias = Annotated[ServerSgd | ServerAdaptive, Field(discrim
 class AggregationConfig:
     """How updates become the next adapter.
 
+    ``rule``: what is trained, what travels, and how updates are combined (:mod:`flocktune.algorithms.factors`).
     ``weights``: what a client counts by. ``diagnose_clients``: over how many updates of a round the
     aggregation error is measured (memory is held for so many; 0 is off). ``robust``: a rule in place of the
     weighted mean, which counts every client once whatever it weighs, and holds a cohort's updates in memory.
     """
 
+    rule: Rule = "fedit"
     weights: Literal["examples", "tokens", "equal"] = "examples"
     server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
     diagnose_clients: Count = 10
@@ -482,6 +485,8 @@ class RunConfig:
     ``secure_aggregation``: see there; None is off, and methods with one client at a time ignore it.
     ``gate``: what a round must pass to count; ``attack``: clients that attack, in a simulation. Baselines ignore both,
     but a backdoor is looked for in them as well.
+    ``ranks``: None gives every client ``lora.rank``, which is the largest; the LoRA scale is that of ``lora.rank`` for
+    all, so that factors of any rank mean the same change. Baselines ignore it, and ``aggregation.rule``.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -490,6 +495,7 @@ class RunConfig:
     rounds: Count = 10
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    ranks: Ranks | None = None
     data: DataConfig = field(default_factory=DataConfig)
     allocation: Allocation = field(default_factory=Iid)
     scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)

@@ -2,6 +2,9 @@
 
     y = W x + b + scale * B A dropout(x),    scale = alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732)
 
+There may be a frozen change beside it, ``+ side_B side_A x``: what earlier rounds made, and factors of rank R can
+not hold.
+
 Only A and B are trained. They stay in float32 whatever the base's dtype; the low-rank path runs in
 the dtype of x. What differs from PEFT is the cost: x is never cast, and scaling and adding are one
 ``addmm``.
@@ -25,9 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
-from flocktune.seeds import derive_seed
+from flocktune.models.factors import fresh, side_like
+from flocktune.models.factors import pairs as pairs
 from flocktune.tensors import mismatches
 from flocktune.types import A_SUFFIX, B_SUFFIX, Tensors
+from flocktune.wire import SIDE_A, SIDE_B
 
 ATTENTION_BLOCK = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_ENDINGS = frozenset(
@@ -55,6 +60,7 @@ class LoraLinear(nn.Module):
         self.scale = scale(lora)
         self.dropout = lora.dropout
         self.enabled = True
+        self.side: tuple[Tensor, ...] = ()
         self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs, device=device, dtype=torch.float32))
         # Column-major, so that the skinny products of the backward pass (dY B and H^T dY) meet a
         # row-major B^T: on a CPU they are two to six times faster, and autograd needs no copy.
@@ -70,6 +76,10 @@ class LoraLinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
+        if self.side:
+            *first, last = (factor.to(x.dtype) for factor in self.side)
+            inner = F.linear(x, *first) if first else x
+            out = torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), last.t()).view_as(out)
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
         low = F.linear(dropped, self.lora_A.to(x.dtype)).flatten(0, -2)
         return torch.addmm(out.flatten(0, -2), low, self.lora_B.t().to(x.dtype), alpha=self.scale).view_as(out)
@@ -92,19 +102,25 @@ class Adapter:
 
     @torch.no_grad()
     def load(self, tensors: Tensors) -> None:
-        """Set every factor. Raises UserError naming each name, shape, dtype or value that does not fit."""
-        UserError.raise_all(f"adapter: {problem}" for problem in mismatches(self.parameters, tensors))
-        self._set(tensors)
+        """Set every factor, and the side changes: a module that ``tensors`` has none for has none.
+
+        Raises UserError naming each name, shape, dtype or value that does not fit.
+        """
+        sides = {name: value for name, value in tensors.items() if name.endswith((SIDE_A, SIDE_B))}
+        factors = {name: value for name, value in tensors.items() if name not in sides}
+        problems = mismatches(self.parameters, factors) + mismatches(side_like(self.parameters, sides), sides)
+        UserError.raise_all(f"adapter: {problem}" for problem in problems)
+        self._set(factors)
+        for name, layer in self.layers.items():
+            layer.side = _side(*(sides[name + end].to(layer.lora_A) for end in (SIDE_A, SIDE_B) if name + end in sides))
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Start as PEFT does: A uniform within 1/sqrt(in), B zero. A factor depends on seed and name alone."""
-        for name, value in self.parameters.items():
-            if name.endswith(B_SUFFIX):
-                value.zero_()
-                continue
-            generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
-            value.copy_(nn.init.kaiming_uniform_(torch.empty(value.shape), a=math.sqrt(5), generator=generator))
+        for name, value in fresh(self.parameters, seed).items():
+            self.parameters[name].copy_(value)
+        for layer in self.layers.values():
+            layer.side = ()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -149,7 +165,7 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
-        """Write W + scale * B A (computed in float32) into the base's weights for good, then detach.
+        """Write W + scale * B A + side (computed in float32) into the base's weights for good, then detach.
 
         Raises UserError for a quantised base, whose packed weights can not take it.
         """
@@ -165,6 +181,8 @@ class Adapter:
             )
         for layer in self.layers.values():
             change = layer.scale * (layer.lora_B @ layer.lora_A)
+            if layer.side:
+                change = change + (layer.side[1] @ layer.side[0] if len(layer.side) == 2 else layer.side[0])
             layer.weight.copy_(layer.weight.float() + (change.t() if isinstance(layer.base, Conv1D) else change))
         return self.detach()
 
@@ -194,15 +212,6 @@ def shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, ...
         inputs, outputs = features(module)
         found |= {name + A_SUFFIX: (lora.rank, inputs), name + B_SUFFIX: (outputs, lora.rank)}
     return found
-
-
-def pairs(tensors: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (A, B). Raises ValueError naming every factor that is half of nothing."""
-    names = [name.removesuffix(A_SUFFIX) for name in tensors if name.endswith(A_SUFFIX)]
-    alone = {name + suffix for name in names for suffix in (A_SUFFIX, B_SUFFIX)} ^ set(tensors)
-    if alone:
-        raise ValueError(f"expected lora_A and lora_B of each module; missing or without its half: {sorted(alone)}")
-    return {name: (tensors[name + A_SUFFIX], tensors[name + B_SUFFIX]) for name in names}
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -275,3 +284,11 @@ def _in_attention(name: str) -> bool:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _side(*factors: Tensor) -> tuple[Tensor, ...]:
+    """(side_A, side_B) as a forward pass takes it: nothing, both, or their product where that is cheaper."""
+    if not factors or not len(factors[0]):
+        return ()
+    a, b = factors
+    return (b @ a,) if len(a) * (a.shape[1] + b.shape[0]) > a.shape[1] * b.shape[0] else (a, b)

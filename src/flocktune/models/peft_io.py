@@ -6,8 +6,10 @@ the factors have the same orientation, for Conv1D too.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, write_atomic, write_json
-from flocktune.models.lora import bare_modules, ends_with, pairs
+from flocktune.models.lora import A_SUFFIX, B_SUFFIX, SIDE_A, SIDE_B, bare_modules, ends_with, pairs, scale
 from flocktune.types import Tensors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -60,10 +63,12 @@ def export_peft(
     """Write factors as an adapter folder that ``PeftModel.from_pretrained(base, folder)`` and vLLM read.
 
     ``model_or_names``: the base (with or without our adapter), or the names of all its modules; it
-    decides how short target_modules can be. ``base_name`` is written as base_model_name_or_path.
+    decides how short target_modules can be. ``base_name`` is written as base_model_name_or_path. A side
+    adapter is :func:`folded` into the factors.
     Each file appears whole or not at all, the configuration last. Raises ValueError when a factor's
     rank is not the recipe's: PEFT would scale it otherwise.
     """
+    tensors, lora = folded(tensors, lora)
     modules = pairs(tensors)
     ranks = {name: factor_a.shape[0] for name, (factor_a, _) in modules.items() if factor_a.shape[0] != lora.rank}
     if ranks:
@@ -135,6 +140,40 @@ def import_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         if match is not None
     }
     return tensors, _settings(folder / WEIGHTS_FILE, config, tensors)
+
+
+def folded(tensors: Tensors, lora: LoraConfig) -> tuple[Tensors, LoraConfig]:
+    """Factors with a side adapter as factors alone, for PEFT and vLLM: of one larger rank, with the same scale.
+
+    ``s B A + side_B side_A = s [B, side_B / s] [A; side_A]``. Directions that change nothing are left out; modules that
+    have fewer than others get zeros, since one rank is what readers of adapters know.
+    """
+    sides = {name: value for name, value in tensors.items() if name.endswith((SIDE_A, SIDE_B))}
+    factors = {name: value for name, value in tensors.items() if name not in sides}
+    if not any(value.numel() for value in sides.values()):
+        return factors, lora
+    stacked: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (a, b) in pairs(factors).items():
+        a, b = torch.cat([a, sides[name + SIDE_A]]), torch.cat([b, sides[name + SIDE_B] / scale(lora)], dim=1)
+        used = a.any(dim=1) & b.any(dim=0)
+        stacked[name] = a[used], b[:, used]
+    rank = max([lora.rank, *(len(a) for a, _ in stacked.values())])
+    filled: dict[str, Tensor] = {}
+    for name, (a, b) in stacked.items():
+        room = rank - len(a)
+        filled |= {name + A_SUFFIX: F.pad(a, (0, 0, 0, room)), name + B_SUFFIX: F.pad(b, (0, room))}
+    return filled, replace(lora, rank=rank, alpha=scale(lora) * (math.sqrt(rank) if lora.rslora else rank))
+
+
+def unfolded(tensors: Tensors, lora: LoraConfig, rank: int) -> Tensors:
+    """Factors of ``lora.rank`` as factors of a lower ``rank`` and a side adapter with the rest; else as they are."""
+    if lora.rank <= rank:
+        return tensors
+    found: dict[str, Tensor] = {}
+    for name, (a, b) in pairs(tensors).items():
+        found |= {name + A_SUFFIX: a[:rank], name + B_SUFFIX: b[:, :rank]}
+        found |= {name + SIDE_A: a[rank:], name + SIDE_B: scale(lora) * b[:, rank:]}
+    return found
 
 
 def _chosen_modules(adapted: Iterable[str], all_modules: Iterable[str]) -> dict[str, Any]:

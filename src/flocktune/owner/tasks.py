@@ -42,7 +42,7 @@ from flocktune.protection import around_client, secured
 from flocktune.resident import base_digest
 from flocktune.training import NotFinite
 from flocktune.types import ClientTask, Failure, Update
-from flocktune.wire import decode_tensors, encode_tensors, side_factors, update_fields
+from flocktune.wire import decode_tensors, encode_tensors, update_fields
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Owner:
         refuse_endless(config.local, side.rows)
         secure = secured(config) is not None
         expected = side.expected(task) if not secure or task.kind == MASKED else {}
-        more = {**side_factors(expected), **(to_client() if secure else {})}
+        more = {**side.optional, **(to_client() if secure else {})}
         task = replace(task, tensors=decode_tensors(parcel.blob, expected, more=more))
         kept = load_memory(self.home, named["run"])
         trust = load_trust(self.home) if secure else {}
