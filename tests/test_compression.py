@@ -160,6 +160,7 @@ def test_the_largest_are_kept_and_of_equal_ones_the_first(values: Tensor, fracti
 
 def test_a_tenth_of_ten_is_one_and_seven_tenths_seven() -> None:
     assert [kept(10, fraction) for fraction in (0.1, 0.7, 0.71)] == [1, 7, 8]
+    assert kept(100, 0.07) == 7, "though 0.07 * 100 is a little more in floating point"
     assert (kept(0, 0.5), kept(1, 0.01)) == (0, 1)
 
 
