@@ -164,6 +164,20 @@ def test_both_sequences_begin_with_the_same_prompt_which_is_no_target() -> None:
             assert tokenizer.decode(tokens[mask]) == said
 
 
+@pytest.mark.parametrize("template", ["short", "chat"])
+def test_earlier_answers_of_a_conversation_are_prompt(template: Any) -> None:
+    history = (Message("user", "Which?"), Message("assistant", "this"))
+    example = Example("Why?", response="because", history=history, rejected="so")
+    tokenizer = tiny_tokenizer(chat=True)
+    options = {"template": template, "max_tokens": 200, "train_on": "responses"}
+    encoded, _ = encode([example], tokenizer, **options, pairs=True)
+    for sequence, answer in enumerate(("because", "so")):
+        tokens, mask = encoded.rows(sequence)
+        assert tokenizer.decode(tokens[mask]).strip() == f"{answer}</s>"
+    plain, _ = encode([example], tokenizer, **options)
+    assert plain.targets[0] > encoded.rows(0)[1].sum(), "of instructions, every turn is learned"
+
+
 def test_a_row_counts_both_answers_and_is_left_out_when_one_is_empty() -> None:
     encoded = encoded_pairs()
     alone = [encode([replace(e, rejected=None)], tiny_tokenizer(), template="short", max_tokens=120,
