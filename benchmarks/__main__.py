@@ -20,6 +20,7 @@ NAMES = (
     "federation",
     "coordinator",
     "cross_device",
+    "secure_aggregation",
 )
 
 

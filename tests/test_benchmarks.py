@@ -118,6 +118,16 @@ def test_a_clients_cost_is_not_compared_with_other_work(measured: Any, monkeypat
         measured("client_cost")
 
 
+def test_secure_aggregation_gives_the_same_mean_as_what_it_is_compared_with(measured: Any) -> None:
+    result, page = measured("secure_aggregation")
+    assert result["values"]["difference"] <= 1e-6
+    cases = result["values"]["cases"]
+    assert list(cases) == [f"4 x 0.01 MB, {way}" for way in ("plain", "secure", "secure, 10 % lost")]
+    plain, masked, _ = cases.values()
+    assert masked["up_mb"] > plain["up_mb"] > 0.009
+    assert "QUICK" in page
+
+
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     with pytest.raises(SystemExit, match="2"):
