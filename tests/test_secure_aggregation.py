@@ -24,7 +24,7 @@ from flocktune.config.secure_aggregation import (
     SecureAggregationConfig,
 )
 from flocktune.engine.in_process import InProcess
-from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
+from flocktune.engine.rounds import Hooks, RoundRecord, one_by_one, run_rounds
 from flocktune.engine.secure import secure
 from flocktune.errors import RoundFailed, UserError
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf
@@ -33,7 +33,7 @@ from flocktune.privacy.secagg import masks, shamir
 from flocktune.privacy.secagg.fixed_point import TOTALS, Encoding, encode_totals, flat, least_to_unmask
 from flocktune.privacy.secagg.half import CLIPPED, secure_half
 from flocktune.privacy.secagg.messages import IDENTITY, PEERS, STATE, as_bytes, as_tensor, from_client
-from flocktune.protection import secured
+from flocktune.protection import collect_of, secured
 from flocktune.scheduling import Cohort
 from flocktune.tensors import add_scaled
 from flocktune.types import ClientTask, Failure, Mean, Tensors, Update
@@ -676,6 +676,8 @@ SECURE = ("secure_aggregation={}", "aggregation.weights=equal")
         ),
         ("secure_aggregation.threshold=0.5", "secure_aggregation.threshold"),
         ("secure_aggregation.min_clients=1", "secure_aggregation.min_clients"),
+        ("compression={format: int8}", "Masks make every value 32 random bits"),
+        ("aggregation.robust={kind: median}", "only a sum leaves the clients"),
     ],
 )
 def test_a_recipe_that_can_not_be_is_refused_with_its_reason(more: str, words: str) -> None:
@@ -697,3 +699,20 @@ def test_baselines_have_one_client_and_leave_it_out() -> None:
     """A comparison's baselines are settings of the same recipe."""
     assert secured(parse_recipe("", (*SECURE, "method=centralised"))) is None
     assert secured(parse_recipe("", SECURE)) == SecureAggregationConfig()
+
+
+def test_a_method_that_does_not_average_has_no_licence() -> None:
+    config = parse_recipe("", SECURE)
+    combining = replace(SERVER, combine=lambda updates, message: next(iter(updates)))
+    with pytest.raises(UserError, match="expected a method whose updates are averaged"):
+        collect_of(config, combining)
+    assert collect_of(config, SERVER) is not one_by_one
+    assert collect_of(parse_recipe(""), SERVER) is one_by_one
+
+
+def test_adaptive_clipping_needs_room_for_its_element() -> None:
+    privacy = "privacy={kind: user, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 1.0, adaptive: {}}"
+    poisson = "scheduling.selection={kind: poisson, fraction: 0.9}"
+    with pytest.raises(UserError, match=r"secure_aggregation.range: expected at least 0.5 with adaptive clipping"):
+        parse_recipe("", (*SECURE, privacy, poisson, "secure_aggregation.range=0.4"))
+    assert parse_recipe("", (*SECURE, privacy, poisson)).secure_aggregation

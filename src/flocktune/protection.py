@@ -77,6 +77,9 @@ def collect_of(config: RunConfig, server: ServerHalf) -> Collect:
     settings = secured(config)
     if settings is None:
         return one_by_one
+    if server.combine is not None:  # the table of capabilities says it sooner, and why; this holds whatever it lacks
+        got = "a method that combines updates by a rule of its own"
+        raise UserError(Problem("secure_aggregation", "a method whose updates are averaged", got))
     _refuse_missing()
     from flocktune.engine.secure import secure
 

@@ -230,6 +230,9 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         fix = "Clients mask their values times weight / max_weight, and must all know that bound. Or weights: equal."
         got = f"none with aggregation.weights {config.aggregation.weights}"
         yield Problem("secure_aggregation.max_weight", "the largest weight that counts", got, fix)
+    if secure and secure.range < 0.5 and isinstance(config.privacy, schema.UserPrivacy) and config.privacy.adaptive:
+        fix = "Whether a client's update was within the norm is an element of 1/2 or -1/2."
+        yield Problem("secure_aggregation.range", "at least 0.5 with adaptive clipping", f"{secure.range:g}", fix)
     yield from rank_problems(config.ranks, config.lora.rank)
     if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
         yield Problem(
