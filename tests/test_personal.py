@@ -337,6 +337,22 @@ def test_evaluations_on_the_way_are_of_clients_too(cli: Cli, world: World, tmp_p
     assert [event["round"] for event in told] == [1, 2]
 
 
+def test_a_study_shows_the_spread_and_tests_claims_of_it(cli: Cli, world: World, tmp_path: Path) -> None:
+    import yaml
+
+    tree = yaml.safe_load(world.recipe.read_text()) | {"rounds": 1, "evaluation": {"generate": False, "client_rows": 2}}
+    del tree["name"]
+    claim = {"better": "Ditto", "than": "Base", "metric": "loss_worst_tenth", "dataset": "clients"}
+    methods = {"Base": {"method": "base"}, "Ditto": {"personal": {"kind": "ditto"}}}
+    study = {"name": "spread", "recipe": tree, "seeds": [0], "methods": methods, "claims": [claim]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    said = cli("study", tmp_path / "study.yaml", "--quiet", "--out", tmp_path / "study")
+    assert said.code == 0, said.all
+    text = (tmp_path / "study/study.md").read_text()
+    assert "Loss, worst tenth on clients_own" in text
+    assert "Ditto better than Base: Loss, worst tenth on clients" in text
+
+
 def test_baselines_are_evaluated_client_by_client_and_have_no_own_adapters(
     cli: Cli, world: World, tmp_path: Path
 ) -> None:

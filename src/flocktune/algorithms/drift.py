@@ -185,22 +185,12 @@ def _feddyn_client(make: Make, alpha: float, trained: Trained) -> ClientHalf:
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
         start = trained(task.tensors)
         mine = group(memory, LINEAR) or _zeros(start)
-        half = make(_dynamic_penalty(mine, start, alpha), None)
+        # - <g_k, w> + alpha / 2 ||w - w_t||^2 is, up to a constant, a proximal term around w_t + g_k / alpha.
+        half = make(proximal_penalty(add_scaled(start, mine, 1 / alpha), alpha), None)
         update, kept = half(task, _without(memory, LINEAR))
         return update, {**kept, **prefixed(LINEAR, add_scaled(mine, update.delta, -alpha))}
 
     return train
-
-
-def _dynamic_penalty(linear: Tensors, start: Tensors, alpha: float) -> Penalty:
-    """``- <g_k, w> + alpha / 2 ||w - w_t||^2``."""
-    quadratic = proximal_penalty(start, alpha)
-
-    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-        products = [(linear[name].to(value) * value).sum() for name, value in parameters.items()]
-        return quadratic(parameters) - torch.stack(products).sum()
-
-    return penalty
 
 
 def _around(
