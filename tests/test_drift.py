@@ -395,6 +395,29 @@ def test_what_is_told_of_a_run_is_of_the_adapter(cli, world: World, tmp_path: Pa
     assert 1.9 < corrected_first["bytes_down"] / first["bytes_down"] < 2.1
 
 
+@pytest.mark.parametrize("correction", ["{kind: scaffold}", "{kind: feddyn, alpha: 0.1}"])
+def test_a_secure_sum_is_all_that_the_server_needs(cli, world: World, tmp_path: Path, correction: str) -> None:
+    """The same run with secure aggregation, but for the rounding of its fixed point; own adapters stay private too."""
+    from test_personal import whole_run
+
+    common = (f"local.correction={correction}", "aggregation.weights=equal", "scheduling.selection.fraction=1.0")
+    common += ("personal={kind: fine_tune, steps: 1, keep: true}", "rounds=2")
+    whole_run(cli, world, tmp_path / "plain", common)
+    whole_run(cli, world, tmp_path / "secure", (*common, "secure_aggregation={min_clients: 2}"))
+    plain, secure = (load_file(max((tmp_path / name / "state").glob("*.safetensors"))) for name in ("plain", "secure"))
+    group = "linear" if "feddyn" in correction else "control"
+    servers = [name.removeprefix("state/") for name in plain if name.startswith(f"state/{group}/")]
+    assert servers
+    for name in servers:
+        of_clients = torch.stack([secure[f"memory/client-0{number}/{name}"].double() for number in range(1, 5)])
+        torch.testing.assert_close(secure[f"state/{name}"].double(), of_clients.mean(dim=0), atol=1e-5, rtol=1e-5)
+        # Where a gradient is larger than the range, one round does not move the variate all the way.
+        near = (secure[f"state/{name}"] - plain[f"state/{name}"]).abs() < 1e-3 + 1e-2 * plain[f"state/{name}"].abs()
+        assert near.double().mean() > 0.9
+    clients = sorted(path.name for path in (tmp_path / "secure/personal").iterdir())
+    assert clients == ["client-01", "client-02", "client-03", "client-04"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [

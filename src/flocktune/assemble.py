@@ -71,6 +71,7 @@ from flocktune.protection import (
     around_server,
     client_privacy,
     collect_of,
+    largest_value,
     returned_of,
     secured,
     transforms_of,
@@ -221,7 +222,10 @@ def adapter_client(
         weights = config.aggregation.weights
         return fedavg.client_half(adapter, data, local, weights, rounds=rounds, penalty=penalty, adjust=adjust)
 
-    half, personal = drift.corrected_client(correction_of(config), make), personal_of(config)
+    half, personal = (
+        drift.corrected_client(correction_of(config), make, bound=largest_value(config)),
+        personal_of(config),
+    )
     if isinstance(personal, Ditto):
         half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
     half = accounted(half, lambda client: data(client).private)
@@ -247,7 +251,9 @@ def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, sec
             adjust=adjust,
         )
 
-    half = drift.corrected_client(correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER))
+    half = drift.corrected_client(
+        correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER), bound=largest_value(config)
+    )
     return with_its_reference(accounted(half, lambda client: clients(client).private), preferences)
 
 

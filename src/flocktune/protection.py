@@ -5,6 +5,7 @@ Both sides of a federation build theirs from the same recipe, so that what one d
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import cast
@@ -70,6 +71,12 @@ def client_privacy(config: RunConfig, clients: int) -> ClientPrivacy | None:
 def secured(config: RunConfig) -> SecureAggregationConfig | None:
     """The recipe's secure aggregation, where it has one and clients learn together."""
     return config.secure_aggregation if config.method in FEDERATED else None
+
+
+def largest_value(config: RunConfig) -> float:
+    """The largest value of an update that arrives as it is."""
+    settings = secured(config)
+    return settings.range if settings else math.inf
 
 
 def collect_of(config: RunConfig, server: ServerHalf) -> Collect:

@@ -22,11 +22,13 @@ What we do differently: the argmin is as many steps of the recipe's optimiser as
 Weights: p_k is client k's weight over that of ALL clients, in the unit of the recipe; the paper's 1 / N is
 ``aggregation.weights: equal``. Then c is sum p_k c_k, and h is sum p_k g_k, in every round, whoever took part, and the
 resting point is the minimum of sum p_k loss_k. Only sums weighted as the update itself leave a client, so both go
-with secure aggregation. They need every update whose client went on to be in the sum: not with stale or lost ones.
+with secure aggregation, whose clipping clients foresee. They need every update whose client went on to be in the sum:
+not with stale or lost ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias, assert_never
@@ -71,19 +73,24 @@ def corrected_server(correction: Correction | None, half: ServerHalf, weight_of_
 
 
 def corrected_client(
-    correction: Correction | None, make: Make, trained: Trained = lambda received: received
+    correction: Correction | None,
+    make: Make,
+    trained: Trained = lambda received: received,
+    *,
+    bound: float = math.inf,
 ) -> ClientHalf:
     """The half that ``make`` gives, with the client's part of ``correction``.
 
+    ``bound``: the largest value of an update that arrives as it is; what a client keeps moves by no more than that.
     Memory: ``control/*`` (c_k) or ``linear/*`` (g_k); zero in a client's first round.
     """
     match correction:
         case None:
             return make(None, None)
         case Scaffold():
-            return _scaffold_client(make, trained)
+            return _scaffold_client(make, trained, bound)
         case FedDyn():
-            return _feddyn_client(make, correction.alpha, trained)
+            return _feddyn_client(make, correction.alpha, trained, bound)
         case _:
             assert_never(correction)
 
@@ -122,7 +129,7 @@ def _scaffold_server(half: ServerHalf, weight_of_all: float) -> ServerHalf:
     return _around(half, CONTROL, init=init, message=message, returned=returned, step=step)
 
 
-def _scaffold_client(make: Make, trained: Trained) -> ClientHalf:
+def _scaffold_client(make: Make, trained: Trained, bound: float) -> ClientHalf:
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
         received = _without(task.tensors, CONTROL)
         everyones = group(task.tensors, CONTROL)
@@ -130,9 +137,9 @@ def _scaffold_client(make: Make, trained: Trained) -> ClientHalf:
         gradients = _Gradients(subtract(everyones, mine))
         half = make(None, gradients.adjust)
         update, kept = half(replace(task, tensors=received), _without(memory, CONTROL))
-        now = gradients.mean()
-        delta = {**update.delta, **prefixed(CONTROL, subtract(now, mine))}
-        return replace(update, delta=delta), {**kept, **prefixed(CONTROL, now)}
+        change = _within(bound, subtract(gradients.mean(), mine))
+        delta = {**update.delta, **prefixed(CONTROL, change)}
+        return replace(update, delta=delta), {**kept, **prefixed(CONTROL, add_scaled(mine, change))}
 
     return train
 
@@ -181,14 +188,14 @@ def _feddyn_server(half: ServerHalf, alpha: float, weight_of_all: float) -> Serv
     return _around(half, LINEAR, init=init, message=message, returned=half.returned, step=step)
 
 
-def _feddyn_client(make: Make, alpha: float, trained: Trained) -> ClientHalf:
+def _feddyn_client(make: Make, alpha: float, trained: Trained, bound: float) -> ClientHalf:
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
         start = trained(task.tensors)
         mine = group(memory, LINEAR) or _zeros(start)
         # - <g_k, w> + alpha / 2 ||w - w_t||^2 is, up to a constant, a proximal term around w_t + g_k / alpha.
         half = make(proximal_penalty(add_scaled(start, mine, 1 / alpha), alpha), None)
         update, kept = half(task, _without(memory, LINEAR))
-        return update, {**kept, **prefixed(LINEAR, add_scaled(mine, update.delta, -alpha))}
+        return update, {**kept, **prefixed(LINEAR, add_scaled(mine, _within(bound, update.delta), -alpha))}
 
     return train
 
@@ -219,6 +226,10 @@ def _around(
         prepare=prepare,
         result=lambda state: half.result(methods_own(state)),
     )
+
+
+def _within(bound: float, tensors: Tensors) -> dict[str, Tensor]:
+    return {name: value.clamp(-bound, bound) for name, value in tensors.items()}
 
 
 def _without(tensors: Tensors, name: str) -> dict[str, Tensor]:
