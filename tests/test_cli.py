@@ -20,7 +20,7 @@ from flocktune.models.load import load_model
 from flocktune.models.lora import attach
 from flocktune.models.peft_io import import_peft
 
-VERBS = ("init", "check", "run", "resume", "study", "split", "eval", "generate", "export", "report")
+VERBS = ("init", "check", "run", "resume", "study", "split", "eval", "generate", "export", "memorisation", "report")
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from flocktune.attacks import attackers, poisoned
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import RunConfig, SamplePrivacy
 from flocktune.data.batching import training_batches
+from flocktune.data.canaries import canaries
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.errors import Problem, UserError
 from flocktune.privacy.noise import derive_key
-from flocktune.resident import Instructions, load_instructions
+from flocktune.resident import Instructions, load_instructions, with_more
 from flocktune.seeds import derive_seed
 from flocktune.training import next_token_loss
 
@@ -93,7 +94,22 @@ def allocate_clients(config: RunConfig) -> ClientRows:
     clients, own_test = hold_out_own(clients, config.evaluation.client_rows, config.seed)
     guilty = attackers(config, list(clients))
     train = poisoned(config, train, clients, guilty)
-    return ClientRows(train, test, clients, len(partition.unassigned), own_test, guilty)
+    return with_canaries(config, ClientRows(train, test, clients, len(partition.unassigned), own_test, guilty))
+
+
+def with_canaries(config: RunConfig, rows: ClientRows) -> ClientRows:
+    """``rows``, and the recipe's canaries among one client's. Raises UserError for a client that is not there."""
+    settings = config.canaries
+    if settings is None:
+        return rows
+    client = next(iter(rows.clients)) if settings.client is None else settings.client
+    if client not in rows.clients:
+        names = ", ".join(list(rows.clients)[:20])
+        raise UserError(Problem("canaries.client", f"one of {names}", repr(client)))
+    secrets = canaries(settings, config.seed) * settings.repeats
+    train = with_more(rows.train, secrets, config.data, config.model)
+    mine = np.concatenate([rows.clients[client], np.arange(len(rows.train.encoded), len(train.encoded))])
+    return replace(rows, train=train, clients={**rows.clients, client: mine})
 
 
 def hold_out_own(

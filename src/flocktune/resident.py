@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from flocktune.config.schema import DataConfig, LoraConfig, ModelConfig
-from flocktune.data.encoding import Encoded, EncodingReport, default_cache_folder, encode_cached
+from flocktune.data.encoding import Encoded, EncodingReport, default_cache_folder, encode, encode_cached
 from flocktune.data.examples import Example, examples_digest, rows_digest
 from flocktune.data.sources import read_examples
 from flocktune.models.load import load_model, load_tokenizer, model_digest, pad_id, pick_device
@@ -51,6 +52,20 @@ class Instructions:
     def take(self, rows: Sequence[int]) -> Instructions:
         """Only these rows, in this order."""
         return replace(self, examples=[self.examples[row] for row in rows], encoded=self.encoded.take(rows))
+
+
+def with_more(rows: Instructions, more: Sequence[Example], data: DataConfig, model: ModelConfig) -> Instructions:
+    """``rows``, and ``more`` after them, encoded in the same way."""
+    extra, _ = encode(
+        more, load_tokenizer(model), template=data.template, max_tokens=data.max_tokens, train_on=data.train_on
+    )
+    mine = rows.encoded
+    encoded = Encoded(
+        np.concatenate([mine.tokens, extra.tokens]),
+        np.concatenate([mine.trainable, extra.trainable]),
+        np.concatenate([mine.offsets, mine.offsets[-1] + extra.offsets[1:]]),
+    )
+    return replace(rows, examples=[*rows.examples, *more], encoded=encoded)
 
 
 _HELD: dict[tuple[ModelConfig, LoraConfig, str], Base] = {}

@@ -57,6 +57,11 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return logits.flatten(0, 1).float()
 
 
+def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Negative log-likelihood in nats of each of ``batch.targets``, float32 [N]."""
+    return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="none")
+
+
 def mean_gradient(
     model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], group: Sequence[Batch], loss: Loss
 ) -> Tensor:

@@ -80,6 +80,23 @@ def export(
 
 
 @app.command()
+def memorisation(
+    folder: RunFolder,
+    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    max_rows: Annotated[int, typer.Option(min=2, help="The most rows of each kind that are looked at.")] = 1000,
+    candidates: Annotated[int, typer.Option(min=1, help="Other secrets that a canary is compared with.")] = 511,
+) -> None:
+    """Attack a finished run: can its result tell rows that were trained on, and secrets among them?"""
+    from flocktune.files import read_json
+    from flocktune.leakage import leakage_table
+    from flocktune.leakage import memorisation as attack
+
+    written = attack(existing_run(folder), method, max_rows=max_rows, candidates=candidates)
+    console.print(leakage_table(read_json(written)))
+    console.print(f"Wrote {written}", soft_wrap=True)
+
+
+@app.command()
 def report(folder: RunFolder) -> None:
     """Write a self-contained HTML page about a run or a comparison."""
     from flocktune.report.html import write_report
