@@ -166,6 +166,12 @@ def test_a_task_inside_the_policy_is_not_refused() -> None:
             0,
             "max_epsilon: expected a recipe that tells of a row at most epsilon 2, got one with 8",
         ),
+        (
+            Policy(max_epsilon=2.0),
+            {"privacy": SamplePrivacy(1.0, 0.5, epsilon=1.0)},
+            0,
+            "at most epsilon 2, got one with inf",
+        ),
         (Policy(max_epsilon=2.0), {}, 0, "max_epsilon: expected a recipe that tells of a row at most epsilon 2"),
         (Policy(hours="20:00-06:00"), {}, 0, "policy: hours: expected 20:00-06:00, got 12:00"),
         (
@@ -311,3 +317,8 @@ def test_without_a_bound_nothing_is_clipped() -> None:
     update = update_of(torch.full((4,), 1e30))
     assert leaving(Policy(), update) is update
     assert norm(leaving(Policy(clip_norm=2.0), update).delta) == pytest.approx(2.0)
+
+
+def test_own_noise_within_the_bound_is_a_protection() -> None:
+    hidden = replace(ASKED, privacy=SamplePrivacy(1.0, 1e-5, epsilon=2.0))
+    assert refusals(Policy(require="differential_privacy", max_epsilon=2.0), hidden, NOON, 0, 0) == []

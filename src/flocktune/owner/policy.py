@@ -96,6 +96,9 @@ _ADAPTER: TypeAdapter[Policy] = TypeAdapter(Policy)
 _KINDS = {"fedit": "fedavg", "fedbiot": "fedbiot"}
 """What kind of task each method sends."""
 
+_MOST_DELTA = 1e-3
+"""With a larger one even epsilon 0 allows that some rows are shown to everybody."""
+
 _COMMENTED = """\
 # What this owner of data allows. A task outside of it is refused, and the refusal is in the audit log.
 # A change counts from the next task on.
@@ -179,7 +182,7 @@ def protections(asked: Asked) -> frozenset[str]:
 
 def _most_epsilon(privacy: Privacy | None) -> float:
     """What a run may tell of one row by the owner's own noise; infinite where nothing bounds it."""
-    if not isinstance(privacy, SamplePrivacy):
+    if not isinstance(privacy, SamplePrivacy) or privacy.delta > _MOST_DELTA:
         return math.inf
     return privacy.epsilon or privacy.max_epsilon or math.inf
 
