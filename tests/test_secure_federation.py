@@ -43,6 +43,8 @@ VARIANTS = {
     "FedIT": (),
     "by examples": ("aggregation.weights=examples", "secure_aggregation.max_weight=16"),
     "FedBiOT": FEDBIOT,
+    "RoLoRA": ("aggregation.rule=rolora",),
+    "FedSA-LoRA": ("aggregation.rule=fedsa_lora",),
 }
 
 
@@ -56,8 +58,8 @@ def test_two_sides_compute_what_one_process_does(apart: Path, tmp_path: Path, na
     assert list(dict.fromkeys(kinds)) == list(PHASES)
     for client in SIZES:
         kept = load_memory(tmp_path / "homes" / client, RUN)
-        assert kept.after == {}, "no secret of a round outlives it"
-        assert not any(name.startswith("secagg/") for name in kept.before)
+        assert not any(name.startswith("secagg/") for name in (*kept.before, *kept.after)), "secrets go with the round"
+        assert bool(kept.after) == (name == "FedSA-LoRA"), "and what the method keeps stays"
 
 
 def test_a_policy_that_requires_it_is_satisfied_by_it_and_refuses_all_else(apart: Path, tmp_path: Path) -> None:
