@@ -392,6 +392,15 @@ def test_what_zstd_does_not_make_smaller_goes_as_it_is() -> None:
     assert len(pack(BIG, 3)) < 100
 
 
+def test_a_frame_as_long_as_what_it_stands_for_is_not_taken_for_it() -> None:
+    even = 0
+    for zeros in range(40):
+        raw = torch.cat([torch.arange(30, dtype=torch.uint8), torch.zeros(zeros, dtype=torch.uint8)])
+        even += len(zstandard.ZstdCompressor(level=3).compress(raw.numpy().tobytes())) == len(raw)
+        assert digest(unpack(pack({"w": raw}, 3), {"w": raw})) == digest({"w": raw})
+    assert even
+
+
 # --- error feedback --------------------------------------------------------------------------------
 
 
