@@ -22,6 +22,7 @@ from flocktune.allocation import allocate_clients, hold_out_own
 from flocktune.config.load import load_recipe
 from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.schema import LocalConfig
+from flocktune.data.batching import collate
 from flocktune.errors import UserError
 from flocktune.evaluation.spread import spread
 from flocktune.models.lora import attach
@@ -244,6 +245,21 @@ def test_folders_of_clients_with_any_name() -> None:
     assert all(Path(folder).name == folder and not folder.startswith(".") for folder in folders)
 
 
+def own_losses(folder: Path) -> dict[str, float]:
+    """Client -> the loss of its own adapter, read from the run's folder, on its own held-out rows."""
+    from flocktune.assemble import federation
+    from flocktune.training import evaluate_loss
+
+    fed = federation(load_recipe(folder / "recipe.yaml"))
+    found = {}
+    for name, rows in fed.data.own_test.items():
+        fed.base.adapter.load(import_peft(folder / "personal" / name)[0])
+        encoded = fed.data.train.encoded
+        batch = collate(encoded, rows, batching="padded", pad_id=fed.base.pad_id)
+        found[name] = evaluate_loss(fed.base.model, [batch]).value
+    return found
+
+
 # --- runs -----------------------------------------------------------------------------------------------
 
 
@@ -272,6 +288,9 @@ def test_a_run_tells_how_each_client_fares(cli: Cli, world: World, tmp_path: Pat
         assert same(tensors, group(memory, "memory/client-02/personal"))
     common_adapter, _ = import_peft(tmp_path / "run/adapter")
     assert not same(tensors, common_adapter)
+    assert own_losses(tmp_path / "run") == pytest.approx(
+        {name: one["loss"] for name, one in told[2]["clients"].items()}, rel=1e-5
+    )
     page = cli("report", tmp_path / "run")
     assert page.code == 0, page.all
     assert "Client by client" in (tmp_path / "run/report.html").read_text()
