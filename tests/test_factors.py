@@ -36,6 +36,7 @@ from flocktune.models.factors import cut, fitted, fresh, pairs, rank_in, sides, 
 from flocktune.models.lora import Adapter, attach, scale
 from flocktune.models.peft_io import export_peft, folded, import_peft
 from flocktune.results import open_result
+from flocktune.run_folder import create_run
 from flocktune.runs import Stopped, execute
 from flocktune.scheduling import Cohort
 from flocktune.seeds import derive_seed
@@ -536,7 +537,7 @@ def test_a_clients_rank_follows_from_seed_and_name() -> None:
     assert rank_of(None, "a", 8, 0) == 8
 
 
-BUFFERED = "scheduling={buffered: {size: 1, concurrency: 2}}"
+BUFFERED = "scheduling={selection: {kind: uniform}, buffered: {size: 1, concurrency: 2}}"
 
 
 @pytest.mark.parametrize(
@@ -641,6 +642,52 @@ def test_fedbiots_adapters_have_an_aggregation_error_too(apart: Path, tmp_path: 
     execute(new_run(apart, tmp_path / "biot", *FEDBIOT, "rounds=1", "local.lr=0.1"))
     events = [json.loads(line) for line in (tmp_path / "biot" / "metrics.jsonl").read_text().splitlines()]
     assert [event["aggregation_error"] > 1e-3 for event in events if event["event"] == "round"] == [True]
+
+
+PRIVATE = (
+    "privacy={kind: user, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 0.1, adaptive: {}}",
+    "scheduling.selection={kind: poisson, fraction: 0.9}",
+    "aggregation.weights=equal",
+)
+MASKED = ("secure_aggregation={min_clients: 2}", "aggregation.weights=equal", "scheduling.selection={kind: uniform}")
+ROWS = (
+    "privacy={kind: sample, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 0.1}",
+    "local.clip_norm=0",
+)
+TUNED = ("personal={kind: fine_tune, steps: 1}", "evaluation.client_rows=1")
+
+
+@pytest.mark.parametrize(
+    ("rule", "others"),
+    [
+        ("ffa_lora", PRIVATE),
+        ("rolora", PRIVATE),
+        ("fedsa_lora", PRIVATE),
+        ("ffa_lora", MASKED),
+        ("rolora", MASKED),
+        ("fedsa_lora", MASKED),
+        ("flora", ROWS),
+        ("rolora", ROWS),
+        ("fedex_lora", ("compression={format: int8}",)),
+        ("flora", ("compression={format: bf16, error_feedback: false}",)),
+        ("rolora", ("compression={format: int8}",)),
+        ("flora", TUNED),
+        ("fedsa_lora", TUNED),
+        ("fedex_lora", ("gate={probe: embedded-public}",)),
+        ("fedsa_lora", (BUFFERED,)),
+        ("ffa_lora", (BUFFERED,)),
+        ("flexlora", ("attack={kind: sign_flip}",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0].partition("=")[0],
+)
+def test_what_goes_together_runs(world: World, tmp_path: Path, rule: str, others: tuple[str, ...]) -> None:
+    config = load_recipe(world.recipe, [f"aggregation.rule={rule}", "rounds=2", "evaluation.every=0", *others])
+    create_run(config, tmp_path / "run")
+    summary = execute(tmp_path / "run")
+    assert math.isfinite(summary["metrics"]["held_out"]["overall"]["loss"])
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rounds = [event for event in told if event["event"] == "round"]
+    assert not [failure for event in rounds for failure in event["failures"]]
 
 
 def evaluated(folder: Path) -> float:
