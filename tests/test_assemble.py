@@ -12,7 +12,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from conftest import World, write_rows
 from flocktune import api
 from flocktune.allocation import allocate_clients
-from flocktune.assemble import EVERYONE, centralised_steps, federation
+from flocktune.assemble import federation
+from flocktune.cohorts import EVERYONE, centralised_steps
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import LocalConfig, ModelConfig, Named, RunConfig
 from flocktune.errors import UserError

@@ -520,7 +520,7 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 from flocktune.allocation import allocate_clients
-from flocktune.assemble import emulator_client
+from flocktune.sides import emulator_client
 from flocktune.config.load import load_recipe
 from flocktune.emulation import load_emulator
 from flocktune.models.bundle import copy_bundle, receive_bundle

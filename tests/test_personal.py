@@ -217,7 +217,8 @@ def test_nobody_trains_on_them(world: World) -> None:
     for client_name, own in rows.clients.items():
         assert not set(own) & set(rows.own_test[client_name])
         assert set(own) | set(rows.own_test[client_name]) == set(plain.clients[client_name])
-    from flocktune.assemble import EVERYONE, federation
+    from flocktune.assemble import federation
+    from flocktune.cohorts import EVERYONE
 
     everyone = federation(load_recipe(world.recipe, ["evaluation.client_rows=3", "method=centralised"])).data
     held = set(np.concatenate(list(everyone.own_test.values())).tolist())

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flocktune.assemble import scheduler
+from flocktune.cohorts import scheduler
 from flocktune.config.load import parse_recipe
 from flocktune.config.secure_aggregation import (
     CONSISTENCY,

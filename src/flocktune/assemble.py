@@ -5,41 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from flocktune.aggregation.robust import least_updates
 from flocktune.algorithms import drift, factors, fedavg, fedbiot
-from flocktune.algorithms.alignment import Pair
-from flocktune.algorithms.local import ClientData, steps_per_round
-from flocktune.algorithms.personal import with_ditto, with_fine_tuning
-from flocktune.algorithms.preferences import PreferenceLoss, Preferences, no_adapter, with_its_reference
-from flocktune.algorithms.private_rows import accounted
+from flocktune.algorithms.personal import with_fine_tuning
+from flocktune.algorithms.preferences import PreferenceLoss, no_adapter, with_its_reference
 from flocktune.algorithms.rules import diagnose
 from flocktune.allocation import ClientRows, allocate_clients, check_rows, client_data
-from flocktune.attacks import attacking, bad_rows, triggered
-from flocktune.config.capabilities import correction_of, personal_of
+from flocktune.attacks import bad_rows, triggered
+from flocktune.cohorts import EVERYONE, centralised_steps, scheduler
+from flocktune.config.capabilities import personal_of
 from flocktune.config.engines import FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.factors import ByName
 from flocktune.config.load import dump_recipe, parse_recipe, to_tree
-from flocktune.config.personal import Ditto, FineTune
+from flocktune.config.personal import FineTune
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import (
-    FEDERATED,
-    Availability,
     Dpo,
-    LocalConfig,
-    LoraConfig,
-    Named,
-    Poisson,
     RunConfig,
     SamplePrivacy,
-    UserPrivacy,
 )
 from flocktune.data.batching import packing_leak
 from flocktune.data.examples import rows_digest
@@ -47,7 +35,6 @@ from flocktune.emulation import (
     Emulated,
     alignment_settings,
     bundle_of,
-    emulator_settings,
     load_emulator,
     pair_of,
     public_data,
@@ -62,28 +49,19 @@ from flocktune.gate import behind_gate, gate_digest
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
 from flocktune.models.bundle import read_bundle
 from flocktune.models.load import load_skeleton
-from flocktune.models.lora import Adapter, scale
-from flocktune.models.peft_io import import_peft
 from flocktune.privacy.clients import ClientPrivacy
-from flocktune.privacy.noise import derive_key, uniforms
 from flocktune.protection import (
-    around_client,
     around_server,
     client_privacy,
     collect_of,
-    largest_value,
     returned_of,
-    secured,
     transforms_of,
 )
 from flocktune.resident import Base, Instructions, base_digest, load_base
-from flocktune.scheduling import Cohort, cohort_size, read_trace, select
-from flocktune.tensors import group, mismatches
-from flocktune.training import Adjust, Penalty
+from flocktune.scheduling import Cohort
+from flocktune.sides import adapter_client, clients_side, corrected, emulator_client, preferences_of, trained_names
+from flocktune.starting import starting_adapter, starting_emulator
 from flocktune.types import ClientTask, Expected, Tensors, Update
-
-EVERYONE = "everyone"
-"""The one client of a centralised run: it holds all rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,83 +186,6 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secre
     )
 
 
-def clients_side(config: RunConfig, data: ClientRows, half: ClientHalf) -> ClientHalf:
-    """The client half as tasks are given to it, with what attackers make of it."""
-    return around_client(config, attacking(config, data.attackers, half))
-
-
-def adapter_client(
-    config: RunConfig, adapter: Adapter, data: Callable[[str], ClientData], local: LocalConfig, *, rounds: int
-) -> ClientHalf:
-    """A client's side of every method whose clients hold the base model, without what the recipe puts around it."""
-
-    def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
-        weights = config.aggregation.weights
-        return fedavg.client_half(adapter, data, local, weights, rounds=rounds, penalty=penalty, adjust=adjust)
-
-    half, personal = (
-        drift.corrected_client(correction_of(config), make, bound=largest_value(config)),
-        personal_of(config),
-    )
-    if isinstance(personal, Ditto):
-        half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
-    half = accounted(half, lambda client: data(client).private)
-    return factors.around_client(factors.sharing_of(config), adapter.parameters, half)
-
-
-def emulator_client(config: RunConfig, emulated: Emulated, data: ClientRows, secret: bytes | None = None) -> ClientHalf:
-    """A client's side of FedBiOT. It needs the bundle and the client's rows; the full model need not exist."""
-    preferences = preferences_of(config, emulated.base.adapter, emulated)
-    clients = client_data(config, emulated.base.pad_id, data, secret, preferences)
-
-    def make(penalty: Penalty | None, adjust: Adjust | None) -> ClientHalf:
-        return fedbiot.client_half(
-            emulated.base.adapter,
-            emulated.bundle.plan,
-            emulated.bundle.digest,
-            clients,
-            config.local,
-            emulator_settings(config),
-            config.aggregation.weights,
-            rounds=config.rounds,
-            penalty=penalty,
-            adjust=adjust,
-        )
-
-    half = drift.corrected_client(
-        correction_of(config), make, partial(group, prefix=fedbiot.ADAPTER), bound=largest_value(config)
-    )
-    return with_its_reference(accounted(half, lambda client: clients(client).private), preferences)
-
-
-def corrected(config: RunConfig, half: ServerHalf, data: Callable[[str], ClientData], rows: ClientRows) -> ServerHalf:
-    """The server's side of the method, with that of the correction of drift that the recipe asks for."""
-    correction = correction_of(config)
-    if correction is None:
-        return half
-    selection = config.scheduling.selection
-    able = selection.clients if isinstance(selection, Named) else tuple(rows.clients)
-    clients = [data(client) for client in able]
-    weights = {
-        "examples": sum(client.examples for client in clients),
-        "tokens": sum(client.tokens for client in clients),
-        "equal": len(clients),
-    }
-    return drift.corrected_server(correction, half, float(weights[config.aggregation.weights]))
-
-
-def preferences_of(config: RunConfig, adapter: Adapter, emulated: Emulated | None = None) -> Preferences | None:
-    """What clients need for preference tuning, if the recipe asks for it; of an emulator they train some factors."""
-    if not isinstance(config.local.loss, Dpo):
-        return None
-    return Preferences(config.local.loss, adapter, trained_names(adapter, emulated))
-
-
-def trained_names(adapter: Adapter, emulated: Emulated | None = None) -> list[str]:
-    """The factors that clients train."""
-    return [name for name in adapter.parameters if emulated is None or emulated.bundle.plan.in_adapter(name)]
-
-
 def evaluation_loss(fed: Assembly, base: Base) -> PreferenceLoss | None:
     """The loss of held-out preference rows in ``base``, the model or the emulator; None for instructions."""
     dpo, emulated = fed.config.local.loss, fed.emulated
@@ -347,38 +248,6 @@ def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
     }
 
 
-def scheduler(
-    config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]], secret: bytes | None = None
-) -> Callable[[int], Cohort]:
-    """Round -> cohort. Raises UserError for an unknown client or a bad trace now, not when its round has come.
-
-    ``secret``: the run's key, of which cohorts are drawn where nobody may foresee them.
-    """
-    sizes = {name: len(rows) for name, rows in clients.items()}
-    selection = config.scheduling.selection
-    trace = read_trace(Path(selection.trace), list(sizes)) if isinstance(selection, Availability) else None
-    hidden = secret if isinstance(privacy_in_force(config), UserPrivacy) else None
-
-    def schedule(number: int) -> Cohort:
-        if config.method == "centralised":
-            return Cohort((EVERYONE,), 1, 1)
-        coins = uniforms(derive_key(hidden, "selection", number), len(sizes)) if hidden else None
-        return select(config.scheduling, sizes, round=number, seed=config.seed, trace=trace, coins=coins)
-
-    first, secure = schedule(0), secured(config)
-    if secure and 0 < first.wanted < secure.min_clients and first.quorum:
-        fix = "Ask more clients in a round, or lower secure_aggregation.min_clients: a sum of few hides little."
-        expected = f"at least secure_aggregation.min_clients, {secure.min_clients}, in a round"
-        raise UserError(Problem("scheduling.selection", expected, str(first.wanted), fix))
-    least = least_updates(config.aggregation.robust)
-    drawn = isinstance(selection, Poisson)  # how many come is known in the round
-    if config.method in FEDERATED and not drawn and first.wanted < least:
-        fix = "Ask more clients, or set it lower."
-        got = f"{first.wanted} clients a round"
-        raise UserError(Problem("aggregation.robust.byzantine", f"at least {least} clients a round", got, fix))
-    return schedule
-
-
 def refuse_ranks(config: RunConfig, clients: Sequence[str]) -> None:
     """Raise UserError for ranks of clients that there are not."""
     named = config.ranks.ranks if isinstance(config.ranks, ByName) else {}
@@ -392,22 +261,6 @@ def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
     check_rows([data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])], model)
     if config.evaluation.generate and data.test.examples:
         prompt_room(model, config.evaluation.max_new_tokens)
-
-
-def centralised_steps(config: RunConfig, clients: Mapping[str, Sequence[int] | NDArray[np.int64]]) -> int:
-    """Steps a round of the centralised baseline: those of a whole cohort, so both see as many examples."""
-    selection = config.scheduling.selection
-    wanted = len(selection.clients) if isinstance(selection, Named) else cohort_size(selection.fraction, len(clients))
-    cohort = updates_a_round(config, wanted, len(clients))
-    mean = np.mean([steps_per_round(config.local, len(rows)) for rows in clients.values()])
-    return max(1, round(float(mean) * cohort))
-
-
-def updates_a_round(config: RunConfig, wanted: int, clients: int) -> int:
-    """How many updates a round combines: ``wanted`` of a cohort, a buffer of them, or so many on average."""
-    if isinstance(config.scheduling.selection, Poisson):
-        return cohort_size(config.scheduling.selection.fraction, clients)
-    return config.scheduling.buffered.size if config.scheduling.buffered else wanted
 
 
 def refuse_leaks(config: RunConfig, base: Base) -> None:
@@ -429,41 +282,3 @@ def refuse_leaks(config: RunConfig, base: Base) -> None:
                 "It does not tell rows apart by restarting position ids. Set data.batching: padded.",
             )
         )
-
-
-def starting_adapter(config: RunConfig, adapter: Adapter) -> Tensors:
-    """The adapter before round 1: drawn from the seed, or ``lora.start_from``. Raises UserError."""
-    adapter.reset(config.seed)
-    fresh = adapter.tensors()
-    if config.lora.start_from is None:
-        return fresh
-    return given_adapter(config.lora, fresh)
-
-
-def starting_emulator(config: RunConfig, pair: Pair) -> Tensors:
-    """E and A before round 1: drawn from the seed, or A from ``lora.start_from``. Raises UserError."""
-    pair.emulator.reset(config.seed)
-    fresh = pair.emulator.tensors()
-    if config.lora.start_from is None:
-        return fresh
-    given = given_adapter(config.lora, pair.plan.to_full(fresh))
-    return {**fresh, **pair.plan.to_emulator(given)}
-
-
-def given_adapter(lora: LoraConfig, expected: Tensors) -> Tensors:
-    """The adapter of ``lora.start_from``, of ``expected`` names and shapes. Raises UserError when it does not fit."""
-    given, theirs = import_peft(Path(lora.start_from or ""))
-    problems = mismatches(expected, given)
-    if scale(theirs) != scale(lora):  # its shapes would fit, and yet it would act more, or less, than it was trained to
-        problems.append(f"scale {scale(theirs):g} instead of {scale(lora):g} (lora.alpha, lora.rank, lora.rslora)")
-    if problems:
-        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise UserError(
-            Problem(
-                "lora.start_from",
-                "an adapter of the recipe's rank, alpha and targets",
-                shown,
-                "Set lora to what the adapter was trained with.",
-            )
-        )
-    return given

@@ -16,7 +16,8 @@ from flocktune.algorithms.fedbiot import ADAPTER, EMULATOR, split_tensors
 from flocktune.algorithms.local import steps_per_round
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.allocation import ClientRows, allocate_clients, client_data
-from flocktune.assemble import check_context, given_adapter, refuse_ranks, scheduler, updates_a_round
+from flocktune.assemble import check_context, refuse_ranks
+from flocktune.cohorts import scheduler, updates_a_round
 from flocktune.config.capabilities import correction_of
 from flocktune.config.drift import Scaffold
 from flocktune.config.factors import SIDED
@@ -34,6 +35,7 @@ from flocktune.models.split import plan_split
 from flocktune.protection import client_privacy, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
+from flocktune.starting import given_adapter
 from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
 from flocktune.wire import encoded_size

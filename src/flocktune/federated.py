@@ -18,14 +18,7 @@ import torch
 from flocktune.algorithms import factors, fedavg, fedbiot
 from flocktune.algorithms.preferences import with_its_reference
 from flocktune.allocation import ClientRows, check_rows, client_data
-from flocktune.assemble import (
-    Assembly,
-    adapter_client,
-    emulator_client,
-    federation,
-    preferences_of,
-    refuse_leaks,
-)
+from flocktune.assemble import Assembly, federation, refuse_leaks
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
@@ -36,6 +29,7 @@ from flocktune.models.bundle import MANIFEST, Bundle
 from flocktune.models.factors import fresh
 from flocktune.protection import around_server
 from flocktune.resident import Instructions, load_base, load_instructions
+from flocktune.sides import adapter_client, emulator_client, preferences_of
 from flocktune.types import ClientTask, Tensors
 
 KINDS = {"fedit": fedavg.KIND, "fedbiot": fedbiot.KIND}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flocktune.allocation import allocate_clients
-from flocktune.assemble import scheduler
+from flocktune.cohorts import scheduler
 from flocktune.config.load import config_digest, differences, load_recipe, to_tree
 from flocktune.config.schema import RunConfig
 from flocktune.config.study import Cell, Study
