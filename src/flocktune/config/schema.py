@@ -1,8 +1,10 @@
-"""The recipe as frozen dataclasses. Each default stands here, once, with its unit.
+"""The recipe as frozen dataclasses. Each default stands once, with its unit, here or in the module of its part.
 
-Choices are discriminated unions (``kind: ...``). Reading and checking live in
-:mod:`flocktune.config.load`; nothing here reads a file.
+Choices are discriminated unions (``kind: ...``). Reading and checking live in :mod:`flocktune.config.load`; nothing
+here reads a file. All parts are named here: the end of this file makes each of them refuse unknown keys.
 """
+
+# ruff: noqa: F401
 
 from __future__ import annotations
 
@@ -12,20 +14,28 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 
 from flocktune.config.compression import CompressionConfig
-from flocktune.config.drift import Correction, FedDyn, Scaffold  # noqa: F401 - kinds of this recipe
-from flocktune.config.engines import Engine, InProcessEngine
-from flocktune.config.factors import ByClass, ByName, RankClass, Ranks, Rule  # noqa: F401 - kinds of this recipe
-from flocktune.config.losses import Dpo, LocalLoss, NextToken
-from flocktune.config.numbers import Count, Fraction, Momentum, NonNegative, Positive, PositiveFloat
-from flocktune.config.personal import Ditto, FineTune, Personal  # noqa: F401
-from flocktune.config.privacy import (  # noqa: F401 - every part of a recipe is named here: see the end of the file
-    AdaptiveClipping,
-    Canaries,
-    Privacy,
-    SamplePrivacy,
-    UserPrivacy,
+from flocktune.config.data import (
+    Allocation,
+    ByCategory,
+    ClusterDirichlet,
+    Columns,
+    CustomTemplate,
+    DataConfig,
+    Dirichlet,
+    Iid,
+    Natural,
+    QuantitySkew,
 )
-from flocktune.config.robustness import (  # noqa: F401 - kinds of this recipe
+from flocktune.config.drift import Correction, FedDyn, Scaffold
+from flocktune.config.engines import Engine, InProcessEngine
+from flocktune.config.factors import ByClass, ByName, RankClass, Ranks, Rule
+from flocktune.config.fedbiot import AlignmentConfig, EmulatorConfig
+from flocktune.config.losses import Dpo, LocalLoss, NextToken
+from flocktune.config.names import EMBEDDED, EMBEDDED_PREFERENCES, EMBEDDED_PUBLIC, FEDERATED
+from flocktune.config.numbers import Count, Momentum, NonNegative, Positive, PositiveFloat
+from flocktune.config.personal import Ditto, FineTune, Personal
+from flocktune.config.privacy import AdaptiveClipping, Canaries, Privacy, SamplePrivacy, UserPrivacy
+from flocktune.config.robustness import (
     AlignmentAttack,
     Attack,
     Backdoor,
@@ -42,20 +52,18 @@ from flocktune.config.robustness import (  # noqa: F401 - kinds of this recipe
     TrimmedMean,
     UpdateAttack,
 )
+from flocktune.config.scheduling import (
+    Availability,
+    Buffered,
+    BySize,
+    Named,
+    Poisson,
+    RoundRobin,
+    SchedulingConfig,
+    Selection,
+    Uniform,
+)
 from flocktune.config.secure_aggregation import SecureAggregationConfig
-
-EMBEDDED = "embedded"
-"""Names the model and the data that come with the package."""
-
-EMBEDDED_PUBLIC = "embedded-public"
-"""Names the public data that comes with the package: for the server, no row of it is in the embedded data."""
-
-EMBEDDED_PREFERENCES = "embedded-preferences"
-"""Names the embedded data with a wrong answer beside each right one (:mod:`flocktune.data.preferences`)."""
-
-FEDERATED = ("fedit", "fedbiot")
-"""The methods in which clients learn together; the others are baselines with one client, or none."""
-
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -85,211 +93,6 @@ class LoraConfig:
     rslora: bool = False
     targets: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     start_from: str | None = None
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column holds what; None means: found by the usual names (Dolly, Alpaca, chat, prompt/completion).
-
-    ``chosen`` and ``rejected`` are the two answers of preference data: texts, or lists of messages.
-    """
-
-    instruction: str | None = None
-    context: str | None = None
-    response: str | None = None
-    messages: str | None = None
-    category: str | None = None
-    client: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-
-
-@dataclass(frozen=True)
-class CustomTemplate:
-    """A user's own prompt. ``{instruction}`` and ``{context}`` are filled in; the response follows at once."""
-
-    with_context: str
-    without_context: str
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the instructions are and how they become tokens.
-
-    ``train``/``test``: a JSON, JSONL, CSV or Parquet file, a saved Hugging Face dataset folder, a folder
-    of one file per client (allocation ``natural``), a hub id, ``embedded``, or ``embedded-preferences``. Without
-    ``test``, ``test_rows_per_category`` rows of each category are held out of ``train`` first.
-    ``max_tokens`` bounds prompt + response; the prompt is cut first, down to a quarter of it.
-    """
-
-    train: str = EMBEDDED
-    test: str | None = None
-    columns: Columns = field(default_factory=Columns)
-    template: Literal["alpaca", "short", "chat"] | CustomTemplate = "alpaca"
-    max_tokens: Annotated[int, Field(ge=8)] = 512
-    train_on: Literal["responses", "everything"] = "responses"
-    test_rows_per_category: Count = 10
-    max_rows: Positive | None = None
-    batching: Literal["padded", "packed"] = "padded"
-
-
-# --- client data allocation -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Iid:
-    """Rows are dealt out at random, in equal amounts."""
-
-    clients: Positive = 10
-    min_rows: Count = 1
-    kind: Literal["iid"] = "iid"
-
-
-@dataclass(frozen=True)
-class ByCategory:
-    """Shepherd's split: rows sorted by category, cut into shards, ``categories_per_client`` shards each."""
-
-    clients: Positive = 10
-    categories_per_client: Positive = 2
-    min_rows: Count = 1
-    kind: Literal["by_category"] = "by_category"
-
-
-@dataclass(frozen=True)
-class Dirichlet:
-    """Each category is spread over clients by Dirichlet(alpha): small alpha, few categories per client."""
-
-    clients: Positive = 10
-    alpha: PositiveFloat = 0.5
-    min_rows: Count = 1
-    kind: Literal["dirichlet"] = "dirichlet"
-
-
-@dataclass(frozen=True)
-class ClusterDirichlet:
-    """Dirichlet over text clusters (TF-IDF + k-means), for data without a category."""
-
-    clients: Positive = 10
-    alpha: PositiveFloat = 0.5
-    clusters: Positive = 8
-    min_rows: Count = 1
-    kind: Literal["cluster_dirichlet"] = "cluster_dirichlet"
-
-
-@dataclass(frozen=True)
-class QuantitySkew:
-    """Same mix everywhere, very different amounts: sizes drawn from Dirichlet(alpha) over clients."""
-
-    clients: Positive = 10
-    alpha: PositiveFloat = 0.5
-    min_rows: Count = 1
-    kind: Literal["quantity_skew"] = "quantity_skew"
-
-
-@dataclass(frozen=True)
-class Natural:
-    """The data's own owners: a client column (``data.columns.client``), or one file per client."""
-
-    min_rows: Count = 1
-    kind: Literal["natural"] = "natural"
-
-
-Allocation: TypeAlias = Annotated[
-    Iid | ByCategory | Dirichlet | ClusterDirichlet | QuantitySkew | Natural, Field(discriminator="kind")
-]
-
-
-# --- scheduling ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """A random cohort of ``fraction`` of the clients, without replacement."""
-
-    fraction: Fraction = 1.0
-    kind: Literal["uniform"] = "uniform"
-
-
-@dataclass(frozen=True)
-class BySize:
-    """As uniform, but a client is drawn with probability in proportion to its rows."""
-
-    fraction: Fraction = 0.5
-    kind: Literal["by_size"] = "by_size"
-
-
-@dataclass(frozen=True)
-class RoundRobin:
-    """Cohorts go around a list of clients that is shuffled once."""
-
-    fraction: Fraction = 0.5
-    kind: Literal["round_robin"] = "round_robin"
-
-
-@dataclass(frozen=True)
-class Availability:
-    """Uniform among the clients that are there: ``trace`` is a JSON file, client -> list of 0/1 by round, repeating."""
-
-    trace: str
-    fraction: Fraction = 0.5
-    kind: Literal["availability"] = "availability"
-
-
-@dataclass(frozen=True)
-class Named:
-    """Always these clients."""
-
-    clients: Annotated[tuple[str, ...], Field(min_length=1)]
-    kind: Literal["named"] = "named"
-
-
-@dataclass(frozen=True)
-class Poisson:
-    """Every client takes part with probability ``fraction``, independently of the others: a cohort may be empty.
-
-    With differential privacy of kind ``user`` the draw is secret, else it follows from the seed.
-    """
-
-    fraction: Fraction = 0.1
-    kind: Literal["poisson"] = "poisson"
-
-
-Selection: TypeAlias = Annotated[
-    Uniform | BySize | RoundRobin | Availability | Named | Poisson, Field(discriminator="kind")
-]
-
-
-@dataclass(frozen=True)
-class Buffered:
-    """FedBuff (arXiv 2106.06639): clients work at their own pace, and a round is over when ``size`` have given updates.
-
-    ``concurrency``: clients at work at once, each drawn among those that are not. An update that was begun ``s`` rounds
-    ago counts ``(1 + s) ** -staleness_exponent`` times its weight; with ``s`` above ``max_staleness`` it is left out.
-    """
-
-    size: Positive
-    concurrency: Positive
-    staleness_exponent: NonNegative = 0.5
-    max_staleness: Count | None = None
-
-
-@dataclass(frozen=True)
-class SchedulingConfig:
-    """Who takes part in a round.
-
-    The cohort is ``max(1, floor(fraction * clients + 0.5))`` clients. ``over_select`` more (a fraction
-    of the cohort, rounded up) are asked, and the first ``cohort`` usable updates in task order count.
-    ``quorum``: the fraction of the cohort (rounded up) that must answer, else the round fails. ``buffered``: rounds
-    without cohort and quorum; methods with one client at a time ignore it.
-    """
-
-    selection: Selection = field(default_factory=Uniform)
-    over_select: NonNegative = 0.0
-    quorum: Fraction = 0.5
-    buffered: Buffered | None = None
 
 
 # --- local training --------------------------------------------------------------------------------
@@ -371,52 +174,6 @@ class AggregationConfig:
     server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
     diagnose_clients: Count = 10
     robust: Robust | None = None
-
-
-# --- FedBiOT ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EmulatorConfig:
-    """What clients get instead of the full model (arXiv 2406.17706, section 3.2): some layers, and never the others.
-
-    ``path``: a bundle made by ``flocktune compress``; None makes one of ``model`` when the run starts, by the next four
-    settings. ``adapter_layers`` are tuned: the last ones, or (Offsite-Tuning) as many at either end. Of the others the
-    fraction ``drop`` is left out: in even steps, or those that change hidden states of the public rows the least.
-    ``cache``: where a client keeps the emulator's output for its rows within a round, at most ``cache_mb`` megabytes.
-    """
-
-    path: str | None = None
-    adapter_layers: Positive = 2
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    placement: Literal["last", "first_and_last"] = "last"
-    choice: Literal["uniform", "importance"] = "uniform"
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    cache: Literal["memory", "disk", "none"] = "memory"
-    cache_mb: Positive = 1024
-    cache_dtype: Literal["model", "bfloat16"] = "model"
-
-
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """How the server distils the full model into the emulator's LoRA, on public data (arXiv 2406.17706, equation 7).
-
-    ``public``: as ``data.train``. ``first_steps`` before round 1, ``steps`` before every later round (0 is never).
-    ``kl_weight``: lambda of the Kullback-Leibler term. ``layerwise_weight``: weight of the hidden states after every
-    other kept layer, 0 is off. ``fidelity_rows``: rows on which the divergence is measured, 0 is off.
-    """
-
-    public: str = EMBEDDED_PUBLIC
-    columns: Columns = field(default_factory=Columns)
-    max_rows: Positive | None = None
-    first_steps: Count = 200
-    steps: Count = 10
-    batch_size: Positive = 8
-    lr: PositiveFloat = 1e-3
-    clip_norm: NonNegative = 1.0
-    kl_weight: NonNegative = 1.0
-    layerwise_weight: NonNegative = 0.0
-    fidelity_rows: Count = 64
 
 
 # --- the rest --------------------------------------------------------------------------------------
