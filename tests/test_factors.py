@@ -45,7 +45,7 @@ from flocktune.types import ClientTask, Tensors, Update
 from test_fedavg import batches
 from test_federated import link_to, losses
 from tiny_federation import FEDBIOT, make_federated_world, new_run, run_apart
-from tiny_models import tiny_model
+from tiny_models import save_tiny, tiny_model
 
 RULES = ("fedit", "ffa_lora", "rolora", "fedsa_lora", "flora", "fedex_lora", "flexlora", "hetlora")
 EXACT = ("flora", "fedex_lora")
@@ -490,6 +490,18 @@ def test_a_side_adapter_acts_as_its_product_and_is_read_by_peft(
     torch.testing.assert_close(logits(adapter.model), bare)
     adapter.load(tensors)
     torch.testing.assert_close(logits(adapter.merge()), got, rtol=1e-3, atol=1e-4)
+
+
+def test_an_exported_side_adapter_of_full_rank_is_opened_again(tmp_path: Path) -> None:
+    """Its rank, 4 + 30, is above what any module of the model could be trained with."""
+    save_tiny(tmp_path / "model")
+    adapter = attach(tiny_model("llama"), LORA, seed=0)
+    tensors = filled(adapter, 30)
+    adapter.load(tensors)
+    export_peft(tensors, LORA, adapter.model, tmp_path / "adapter", str(tmp_path / "model"))
+    opened = open_result(tmp_path / "adapter")
+    assert opened.config.lora.rank == 16, "the smaller side of k_proj"
+    torch.testing.assert_close(logits(opened.base.model), logits(adapter.model), rtol=1e-3, atol=1e-4)
 
 
 def test_a_side_adapter_that_does_not_fit_is_refused_by_name() -> None:
