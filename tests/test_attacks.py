@@ -183,6 +183,23 @@ def test_the_other_process_of_a_run_has_the_same_attackers(config: RunConfig) ->
             torch.testing.assert_close(deltas[1][name], factor * value)
 
 
+def test_with_fedbiot_it_has_them_too(world: World) -> None:
+    """Where the full model does not exist, and the bundle alone says what a client holds."""
+    from flocktune.assemble import client_half_of
+    from flocktune.config.load import dump_recipe
+
+    overrides = ["method=fedbiot", "emulator={adapter_layers: 1, drop: 0.0}", "attack={kind: sign_flip, clients: 0.5}"]
+    bad = load_recipe(world.recipe, [*overrides, "alignment={first_steps: 0, steps: 0, fidelity_rows: 0}"])
+    fed = federation(bad)
+    assert fed.emulated is not None
+    there = client_half_of(dump_recipe(bad), str(fed.emulated.bundle.folder))
+    message = fed.server.message(fed.server.init(fed.start), 0)
+    for client in fed.data.clients:
+        task = ClientTask(0, client, fed.kind, message, 5, "", fed.model_digest)
+        here, elsewhere = fed.client(task, {})[0].delta, there(task, {})[0].delta
+        assert all(torch.equal(here[name], elsewhere[name]) for name in here)
+
+
 def test_attacks_are_simulations_only(config: RunConfig) -> None:
     with pytest.raises(UserError, match=r"attack: expected none in a federation, got label_flip"):
         refuse_unfederated(attacked(config, LabelFlip()), ["a"])
