@@ -477,13 +477,16 @@ def test_a_format_that_loses_nothing_keeps_nothing() -> None:
     assert memory == {}
 
 
+@pytest.mark.parametrize("choice", [INT8, CompressionConfig("bf16"), CompressionConfig("float32", top_k=0.5)], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_client_says_what_is_wrong_and_its_memory_stays(bad: float) -> None:
-    half = transformed(lambda task, memory: (Update({"w": torch.tensor([bad, 1.0])}, 1.0), memory), [compression(INT8)])
+def test_a_client_says_what_is_wrong_and_its_memory_stays(bad: float, choice: CompressionConfig) -> None:
+    half = transformed(
+        lambda task, memory: (Update({"w": torch.tensor([bad, 1.0])}, 1.0), memory), [compression(choice)]
+    )
     engine = InProcess(half, {"a": {"compression/w": torch.tensor([0.25, 0.5])}})
     (reply,) = engine.run([task_of({})], 1)
     assert isinstance(reply, Failure)
-    assert "finite" in reply.reason
+    assert "expected finite values" in reply.reason
     assert engine.memories["a"]["compression/w"].tolist() == [0.25, 0.5]
 
 
