@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from flocktune.data.canaries import CATEGORY, canaries, others
 from flocktune.errors import UserError
 from flocktune.evaluation.memorisation import exposure, membership, row_losses
 from flocktune.federated import refuse_unfederated
-from flocktune.leakage import memorisation
+from flocktune.leakage import matched, memorisation
 from flocktune.run_folder import create_run
 from flocktune.runs import execute
 from test_fedavg import encoded_rows
@@ -112,6 +113,14 @@ def test_canaries_lie_with_one_client_alone(world: Path) -> None:
         refuse_unfederated(load_recipe(world / "recipe.yaml", [CANARIES]), ["bob"])
 
 
+def test_members_and_outsiders_are_of_the_same_categories() -> None:
+    """Else rows of a harder category among one of them would look like memory."""
+    mine, theirs = ["a", "b", "a", "a", "c", "b"], ["b", "a", "a", "d"]
+    members, outsiders = matched([5, 4, 3, 2, 1, 0], [3, 2, 1, 0], mine, theirs)
+    assert members.tolist() == [5, 3, 2]
+    assert outsiders.tolist() == [2, 1, 0]
+
+
 REMEMBERS = """
 name: leaks
 rounds: 1
@@ -136,14 +145,13 @@ def test_the_attack_finds_what_a_run_remembers_and_noise_hides_it(tmp_path: Path
         execute(folder)
         found[name] = json.loads(memorisation(folder, candidates=31).read_text())
     plain, private = found["plain"], found["private"]
-    assert plain["membership"]["loss"]["interval"][0] > 0.75
-    assert plain["membership"]["loss"]["members"] == 41, "canaries are not among them"
-    assert plain["membership"]["loss_below_base"]["interval"][0] > 0.5
-    assert private["membership"]["loss_below_base"]["interval"][0] < 0.5
+    assert plain["membership"]["loss"]["interval"][0] > 0.7
+    assert plain["membership"]["loss"]["members"] == plain["membership"]["loss"]["outsiders"] > 10
+    assert private["membership"]["loss"]["interval"][0] < 0.5
     assert plain["canaries"]["mean_tuned"] > plain["canaries"]["mean_base"] + 1.5
     assert plain["canaries"]["base"] == private["canaries"]["base"]
     assert plain["canaries"]["most_bits"] == 5
     told = cli("memorisation", tmp_path / "private", "--max-rows", 10, "--candidates", 7)
     assert told.code == 0
-    assert "10 rows trained on, 10 held out" in " ".join(told.out.split())
+    assert re.search(r"AUC 0\.\d+, 95 % interval .* \d+ rows trained on, \d+ held out", " ".join(told.out.split()))
     assert "2 canaries, exposure" in told.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ def memorisation(path: Path, method: str | None = None, *, max_rows: int = 1000,
 
     ``membership``: AUC of telling rows that were trained on from held-out ones, by their loss, and by how much the
     loss fell below the base model's. ``canaries``: exposure of each, under the result and under the base, among
-    ``candidates`` other secrets. Rows are those of clients who took part, at most ``max_rows``. Raises UserError.
+    ``candidates`` other secrets. Rows are those of clients who took part and, as many of each category, held-out ones,
+    at most ``max_rows`` of them. Raises UserError.
     """
     run = find_run(path, method)
     config = load_recipe(run / "recipe.yaml")
@@ -52,8 +55,13 @@ def memorisation(path: Path, method: str | None = None, *, max_rows: int = 1000,
 def _membership(tuned: Tuned, rows: ClientRows, took_part: set[str], max_rows: int) -> dict[str, Any]:
     categories = rows.train.categories
     mine = [row for name in sorted(took_part & set(rows.clients)) for row in rows.clients[name].tolist()]
-    members = _some([row for row in mine if categories[row] != CATEGORY], max_rows, tuned.config.seed)
-    outsiders = _some(np.flatnonzero(rows.test.encoded.targets > 0).tolist(), max_rows, tuned.config.seed)
+    held_out = np.flatnonzero(rows.test.encoded.targets > 0).tolist()
+    members, outsiders = matched(
+        [row for row in _some(mine, len(mine), tuned.config.seed) if categories[row] != CATEGORY],
+        _some(held_out, max_rows, tuned.config.seed).tolist(),
+        categories,
+        rows.test.categories,
+    )
     for what, found in (("clients' rows that took part", members), ("held-out rows", outsiders)):
         if not len(found):
             raise UserError(Problem("memorisation", what, "none", "The attack tells the two apart, and needs both."))
@@ -87,6 +95,26 @@ def _exposures(tuned: Tuned, config: RunConfig, candidates: int) -> dict[str, An
         found["base"].append(exposure(losses[0], losses[1:]))
     means = {f"mean_{name}": float(np.mean(bits)) for name, bits in found.items()}
     return {**found, **means, "most_bits": float(np.log2(candidates + 1))}
+
+
+def matched(
+    members: Sequence[int], outsiders: Sequence[int], mine: Sequence[str], theirs: Sequence[str]
+) -> tuple[Indices, Indices]:
+    """As many members as outsiders of every category, the first ones: else the attack would tell categories apart.
+
+    ``mine`` and ``theirs`` are the categories of the rows that the indices mean.
+    """
+    room = Counter(theirs[row] for row in outsiders) & Counter(mine[row] for row in members)
+
+    def taken(rows: Sequence[int], names: Sequence[str]) -> Indices:
+        left, found = Counter(room), []
+        for row in rows:
+            if left[names[row]] > 0:
+                left[names[row]] -= 1
+                found.append(row)
+        return np.array(found, np.int64)
+
+    return taken(members, mine), taken(outsiders, theirs)
 
 
 def _losses(tuned: Tuned, encoded: Encoded, chosen: Indices) -> Any:
