@@ -45,6 +45,7 @@ from flocktune.data.sources import read_examples
 from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import run_rounds
 from flocktune.errors import UserError
+from flocktune.estimate import estimate
 from flocktune.evaluation.evaluate import evaluate
 from flocktune.interfaces import ServerHalf
 from flocktune.models.lora import Adapter, attach
@@ -635,6 +636,15 @@ def test_each_client_s_own_pairs_are_evaluated_by_the_same_loss(apart: Path, tmp
     assert (
         metrics["clients_own"]["overall"]["loss"] != metrics["clients"]["overall"]["loss"] != pytest.approx(np.log(2))
     )
+
+
+def test_the_estimate_counts_the_reference_that_goes_down(apart: Path, tmp_path: Path) -> None:
+    settings = (DPO.replace("REFERENCE", "start"), *START, "rounds=1")
+    folder = new_run(apart, tmp_path / "run", *settings)
+    costs, summary = estimate(load_recipe(folder / "recipe.yaml")), execute(folder)
+    headers = 3 * 2 * 4096
+    assert costs.round_bytes_down == 2 * costs.round_bytes_up
+    assert costs.round_bytes_down < summary["bytes_down"] < costs.round_bytes_down + headers
 
 
 def test_private_clients_tune_on_preferences(apart: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from flocktune.cohorts import scheduler, updates_a_round
 from flocktune.config.capabilities import correction_of
 from flocktune.config.drift import Scaffold
 from flocktune.config.factors import SIDED
-from flocktune.config.schema import RunConfig
+from flocktune.config.schema import Dpo, RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
@@ -119,6 +119,8 @@ def estimate(config: RunConfig) -> Estimate:
     sizes = [len(rows) for rows in data.clients.values()]
     cohort = updates_a_round(config, schedule(0).wanted, len(sizes))
     trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
+    if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
+        frozen += trainable  # the reference
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
     travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
