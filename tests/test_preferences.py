@@ -201,6 +201,9 @@ def test_a_cut_prompt_is_the_same_for_both_answers(prompt: int, chosen: int, rej
     assert begins == begins_too
     assert one[:begins].tolist() == other[:begins].tolist()
     assert max(len(one), len(other)) <= room
+    for mask, letters in ((mask_one, chosen), (mask_other, rejected)):
+        answer = letters + 2  # a space before it, its end after it
+        assert mask.sum() >= min(answer, room - room // 4), "a prompt gives way to the longer answer, whichever it is"
 
 
 def test_taken_cached_and_chosen_rows(tmp_path: Path) -> None:
