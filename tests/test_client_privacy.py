@@ -248,6 +248,14 @@ def test_the_norm_in_force_is_the_one_enforced() -> None:
     assert digest(state) == digest(run(own, 5))
 
 
+def test_the_server_clips_to_the_norm_of_the_round_not_of_the_recipe() -> None:
+    transform = clipping(privacy(clip_norm=4.0, adaptive=AdaptiveClipping()).settings)
+    update = Update({"w": torch.full((9,), 2.0), WITHIN: torch.tensor(0.5)}, 1.0)
+    for in_force, left in ((1.0, 1.0), (5.0, 5.0), (7.0, 6.0)):
+        taken = transform.on_server(update, {"w": update.delta["w"], WITHIN: torch.tensor(in_force)})
+        assert norm({"w": taken.delta["w"]}) == pytest.approx(left, rel=1e-5)
+
+
 # --- cohorts ---------------------------------------------------------------------------------------
 
 
