@@ -177,6 +177,14 @@ def test_another_mean_in_a_repeated_round_has_other_noise() -> None:
     assert (moved(some) - moved(zero) - unit).abs().max() > 0.1
 
 
+def test_noise_follows_the_sum_and_not_the_mean() -> None:
+    """One client and two of the same change have one mean, and two sums."""
+    server = noised(fedavg.server_half(AggregationConfig()), privacy(z=1.0), KEY)
+    delta = {name: torch.full_like(value, 0.01) for name, value in START.items()}
+    one, two = (server.step(server.init(START), Update(delta, float(count), count)) for count in (1, 2))
+    assert (moved(two) - moved(one) - 0.01 / 4).abs().max() > 0.1
+
+
 def test_the_servers_optimiser_sees_the_noisy_mean_alone() -> None:
     plain = moved(run(privacy(z=1.0)))
     double = moved(run(privacy(z=1.0), server_optimizer=ServerSgd(lr=2.0)))

@@ -176,6 +176,58 @@ def test_memory_that_a_method_gave_up_is_gone(tmp_path: Path) -> None:
     assert load_memory(tmp_path, RUN) == Kept(2, 0, {}, {})
 
 
+PRIVATE = (
+    "rounds=9", "local.clip_norm=0.0",
+    "privacy={kind: sample, clip_norm: 0.5, delta: 1.0e-3, noise_multiplier: 1.0}",
+)  # fmt: skip
+
+
+def test_a_round_that_is_asked_for_again_otherwise_is_spent_again(scene: Scene, bob: Owner) -> None:
+    """The very same task has the same answer; any other one tells more of the same rows."""
+
+    def epsilon(parcel: Parcel) -> float:
+        reply = replace(bob).answer(parcel)
+        assert reply.kind == UPDATE, reply.fields
+        return reply.fields["update"]["metrics"]["epsilon"][0]
+
+    task = scene.task(*PRIVATE, round=0, seed=100)
+    moved = {name: value + 1e-3 for name, value in decode_tensors(task.blob).items()}
+    other = replace(scene.task(*PRIVATE, round=0, seed=100), blob=encode_tensors(moved))
+    again = [
+        replace(each, fields={**each.fields, "nonce": f"again {number}"}) for number, each in enumerate([task, other])
+    ]
+    once, same, twice, same_twice = (epsilon(each) for each in (task, again[0], other, again[1]))
+    assert once == same < twice == same_twice
+    back = replace(task, fields={**task.fields, "nonce": "back"})
+    assert epsilon(back) > twice, "what was asked in between is spent"
+
+
+def test_a_secure_round_that_is_begun_again_is_spent_by_what_it_asks(tmp_path: Path) -> None:
+    from flocktune.algorithms.private_rows import STEPS
+    from flocktune.config.secure_aggregation import KEYS, MASKED
+
+    def phase(kind: str, **tensors: torch.Tensor) -> ClientTask:
+        return ClientTask(4, "bob", kind, tensors, 7, "")
+
+    def trained(kept: Kept, received: float, shares: float) -> Kept:
+        kept = kept.following(phase(KEYS), {**kept.for_task(phase(KEYS)), "secagg/state": torch.ones(1)})
+        asked = phase(MASKED, w=torch.tensor(received), **{"secagg/shares": torch.tensor(shares)})
+        steps = kept.for_task(asked).get(STEPS, torch.tensor(0))
+        return kept.following(asked, {**kept.after, STEPS: steps + 3})
+
+    kept = trained(Kept(), 1.0, 0.0)
+    kept = trained(kept, 1.0, 1.0)
+    assert kept.spent == int(kept.after[STEPS]) == 3, "other keys, the same update"
+    kept = trained(kept, 2.0, 2.0)
+    assert kept.spent == int(kept.after[STEPS]) == 6
+    save_memory(tmp_path, RUN, kept, 1)
+    assert load_memory(tmp_path, RUN).spent == 6
+    assert trained(load_memory(tmp_path, RUN), 2.0, 3.0).spent == 6
+    assert trained(load_memory(tmp_path, RUN), 1.0, 4.0).spent == 9
+    again = phase(MASKED, w=torch.tensor(2.0))
+    assert int(kept.for_task(again, "other rows")[STEPS]) == 6, "their answer is another one"
+
+
 def test_a_policy_bounds_what_is_kept(scene: Scene, bob: Owner, counting: list[float]) -> None:
     (bob.home / POLICY).write_text("max_memory_mb: 1\n")
     large = {"w": torch.zeros(2**17)}

@@ -189,6 +189,42 @@ def test_a_task_that_is_repeated_gives_the_same_bits_and_another_has_other_noise
         update_of(replace(private, key=None), task_of(), sgd)
 
 
+def first_lot(private: PrivateRows, task: ClientTask) -> list[int]:
+    """The rows of every step, in their order."""
+    return [int(row) for lot in private.lots(private.of_task(task, task.tensors)) for row in (*lot.index, -1)]
+
+
+@pytest.mark.parametrize("what", ["recipe", "model", "a tensor that is not trained", "a row"])
+def test_no_two_tasks_and_no_two_sets_of_rows_share_samples_and_noise(what: str) -> None:
+    """Two sums under one noise show their difference in the clear; 2 noises of one draw show what they hide."""
+    sgd, task = replace(LOCAL, optimizer="sgd", lr=1.0, steps=1), task_of()
+    private = replace(rows(clip_norm=1e-3, z=1000.0, local=sgd), steps=9)
+    other, asked = private, task
+    match what:
+        case "recipe":
+            asked = replace(task, config_digest="another")
+        case "model":
+            asked = replace(task, model_digest="another")
+        case "a row":
+            changed = encoded_rows()
+            changed.tokens[-1] ^= 1
+            other = replace(private, encoded=changed)
+        case _:
+            asked = replace(task, tensors={**task.tensors, "fixed/w": torch.ones(1)})
+    assert first_lot(private, task) == first_lot(replace(private), task)
+    assert first_lot(private, task) != first_lot(other, asked)
+    left, right = (
+        one.gradient(one.of_task(ask, task_of().tensors), 4) for one, ask in ((private, task), (other, asked))
+    )
+    noises = []
+    for step in (left, right):
+        adapter = adapter_of()
+        lot = collate(encoded_rows(), [0, 1], batching="padded", pad_id=2)
+        step(adapter.model, adapter.parameters, [lot], next_token_loss)
+        noises.append(torch.cat([value.grad.flatten() for value in adapter.parameters.values()]).double())
+    assert abs(float(torch.corrcoef(torch.stack(noises))[0, 1])) < 4.5 / math.sqrt(len(noises[0]))
+
+
 def test_a_method_with_a_gradient_of_its_own_is_refused() -> None:
     adapter, task = adapter_of(), task_of()
     data = ClientData(10, 99, lambda seed, steps, epochs: iter(()), rows())

@@ -149,6 +149,7 @@ def explode(update: Update) -> Update:
         (lambda u: replace(u, weight=math.inf), "weight"),
         (lambda u: replace(u, weight=math.nan), "weight"),
         (lambda u: replace(u, clients=0), "clients: expected at least 1"),
+        (lambda u: replace(u, clients=1000, weight=1000.0), "clients: expected 1, got 1000"),
     ],
 )
 def test_a_bad_client_is_left_out_with_its_reason(how, reason: str) -> None:

@@ -32,7 +32,7 @@ from flocktune.privacy.secagg import client as protocol
 from flocktune.privacy.secagg import masks, shamir
 from flocktune.privacy.secagg.fixed_point import TOTALS, Encoding, encode_totals, flat, least_to_unmask
 from flocktune.privacy.secagg.half import CLIPPED, secure_half
-from flocktune.privacy.secagg.messages import IDENTITY, PEERS, STATE, as_bytes, as_tensor, from_client
+from flocktune.privacy.secagg.messages import IDENTITY, PEERS, STATE, as_bytes, as_tensor, from_client, unpacked
 from flocktune.protection import collect_of, secured
 from flocktune.scheduling import Cohort
 from flocktune.tensors import add_scaled
@@ -253,6 +253,18 @@ def test_the_sum_of_those_who_stayed_is_exact_down_to_the_threshold(faults: dict
         assert set(record.clients) == set(survivors)
         assert {failure.client for failure in record.failures} == gone[MASKED]
     assert not any(STATE in memory for memory in engine.memories.values()), "secrets go with the round"
+
+
+def test_secrets_are_gone_when_the_round_is_told() -> None:
+    """A checkpoint of memories is written then; client-0 arrived in the sum and did not come to unmask."""
+    engine = watched(absent={(NAMES[0], UNMASK)})
+    left: list[bool] = []
+    run_rounds(
+        SERVER, engine, lambda round: Cohort(tuple(NAMES), len(NAMES), 1), START, rounds=1, kind="plain", seed=5,
+        collect=secure(SETTINGS, lambda task: task.tensors),
+        hooks=Hooks(on_round=lambda record, state: left.extend(STATE in each for each in engine.memories.values())),
+    )  # fmt: skip
+    assert left == [False] * len(NAMES)
 
 
 def test_a_round_of_too_few_fails_and_says_which_setting() -> None:
@@ -540,6 +552,22 @@ def test_a_man_in_the_middle_is_refused() -> None:
         keys = task.tensors["secagg/keys"].clone()
         keys[1, 32:64] = as_tensor(masks.public_key(b"m" * 32))
         return changed(task, keys=keys)
+
+    def in_its_own_list(task: ClientTask) -> ClientTask:
+        if task.kind != SHARES or task.client != NAMES[1]:
+            return task
+        keys = task.tensors["secagg/keys"].clone()
+        context = protocol.from_bytes(as_bytes(engine.memories[task.client][STATE])).context
+        mine = unpacked(NAMES[1], as_bytes(keys[1]))
+        who = masks.identity_of(b"m" * 32)
+        signed = protocol.signed_keys(context, NAMES[1], who, mine.mask_key, mine.share_key)
+        keys[1] = as_tensor(replace(mine, identity=who, signature=masks.sign(b"m" * 32, signed)).packed)
+        return changed(task, keys=keys)
+
+    fresh = watched(change_task=in_its_own_list)  # nobody was seen before, and a client knows its own identity
+    run(fresh)
+    (reason,) = [reply.reason for task, reply in fresh.up if isinstance(reply, Failure)]
+    assert "client-1 has another identity key" in reason
 
     engine.change_task = spliced
     refused_all(engine, "the keys of client-1 are not signed by its identity for this round")

@@ -109,13 +109,14 @@ class OwnersSide:
     """One owner's half of a run, without what the recipe puts around it: the owner's own bounds come before that.
 
     ``expected``: a task, without its tensors -> the names and shapes that these have. ``optional``: those that may be
-    there or not, their dtype and shape, with None for any size.
+    there or not, their dtype and shape, with None for any size. ``data``: a digest of the rows that were read.
     """
 
     half: ClientHalf
     expected: Callable[[ClientTask], Tensors]
     optional: Mapping[str, tuple[str, Sequence[int | None]]]
     rows: int
+    data: str = ""
 
 
 def owners_side(
@@ -158,7 +159,7 @@ def owners_side(
         """What the recipe's own server half sends: names and shapes are those of its first state."""
         return server.addressed(server.message(start, task.round), client)
 
-    return OwnersSide(half, expected, optional, len(rows))
+    return OwnersSide(half, expected, optional, len(rows), train.digest)
 
 
 def bundle_tensors(bundle: Bundle) -> Tensors:

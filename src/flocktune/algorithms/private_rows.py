@@ -9,6 +9,7 @@ B rows, T tokens, R rank; a row's loss is the mean over its label tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,14 +52,15 @@ class PrivateRows:
     """One client's rows, and how they are hidden.
 
     ``steps``: of one round. ``rounds``: that the recipe plans. ``key``: the client's own secret, of which samples and
-    noise are a function, with the round and what was received: a task that is repeated gives the same bits, another
-    task of the same round has other noise.
+    noise are a function, with the rows and all that the task says. A task that is repeated gives the same bits. With
+    another recipe, factor that is not trained, or row there are other samples and other noise: the same noise on two
+    sums would show their difference in the clear.
 
     Formal guarantees: the updates of all rounds together are (epsilon, delta)-differentially private, as
     :attr:`budget` says of the steps taken, for neighbours that differ by one row, against everybody but the client
     itself: no server is trusted. How many rows there are is not hidden (the sampling probability and an update's
     weight tell), nor how long training took, nor a run that broke off because a value was not finite. A server that
-    asks for a round twice with other tensors gets two updates; the owner's policy bounds how many leave in all.
+    asks for a round twice with other tensors gets two updates, and an owner's side counts the steps of both.
     """
 
     settings: SamplePrivacy
@@ -102,7 +104,17 @@ class PrivateRows:
             raise FlocktuneError(
                 "differential privacy of rows needs a secret key of the client, and there is none here"
             )
-        return derive_key(self.key, "task", task.round, task.seed, digest(received))
+        asked = task.config_digest, task.model_digest, digest(task.tensors), digest(received)
+        return derive_key(self.key, "task", task.round, task.seed, *asked, self._rows_digest)
+
+    @cached_property
+    def _rows_digest(self) -> str:
+        """Hex SHA-256 of what can be learnt from: tokens, targets, and where rows end."""
+        mine = self.encoded.take(self.indices)
+        sha = hashlib.sha256()
+        for part in (mine.offsets, mine.trainable, mine.tokens):
+            sha.update(np.ascontiguousarray(part).tobytes())
+        return sha.hexdigest()
 
     def lots(self, key: bytes) -> Iterator[Batch]:
         """One Poisson sample of rows for every step, each as a batch; it may have no row."""

@@ -28,7 +28,7 @@ import torch
 from flocktune.aggregation.mean import weighted_mean
 from flocktune.config.load import too_few_clients
 from flocktune.config.schema import Buffered
-from flocktune.engine.client import restored
+from flocktune.engine.client import refuse_count, restored
 from flocktune.engine.rounds import ClientRecord, Hooks, finish_round
 from flocktune.errors import Problem, RoundFailed, UpdateRefused, UserError
 from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
@@ -258,6 +258,7 @@ class _Intake:
     def _checked(self, task: ClientTask, update: Update) -> Update | Failure:
         try:
             update = restored(update, self.transforms, self.server.returned(task.tensors))
+            refuse_count(update, 1)
         except UpdateRefused as refusal:
             return Failure(task.client, str(refusal))
         self.bytes_plain += encoded_size(update.delta) if self.transforms else 0

@@ -55,6 +55,12 @@ def _stages(transforms: Sequence[Transform], expected: Tensors) -> list[Any]:
     return stages
 
 
+def refuse_count(update: Update, clients: int) -> None:
+    """Raise UpdateRefused unless the update is of ``clients`` clients: one who said more would count as so many."""
+    if update.clients != clients:
+        raise UpdateRefused(f"update refused: clients: expected {clients}, got {update.clients}")
+
+
 def restored(update: Update, transforms: Sequence[Transform], expected: Tensors) -> Update:
     """The update of ``expected`` names and shapes that came through ``transforms``. Raises UpdateRefused."""
     stages = _stages(transforms, expected)

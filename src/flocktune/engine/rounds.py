@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
 from flocktune.aggregation.mean import unchanged, weighted_mean
-from flocktune.engine.client import restored
+from flocktune.engine.client import refuse_count, restored
 from flocktune.errors import RoundFailed, TooFewUpdates, UpdateRefused
 from flocktune.interfaces import Engine, Issued, ServerHalf, State, Transform
 from flocktune.scheduling import Cohort
@@ -268,6 +268,7 @@ class _Intake:
         expected = self.server.returned(self.server.addressed(self.message, clients[0]))
         try:
             update = restored(update, self.transforms, expected)
+            refuse_count(update, len(clients))
         except UpdateRefused as refusal:
             return Failure(", ".join(clients), str(refusal))
         self.bytes_plain += encoded_size(update.delta) if self.transforms else 0

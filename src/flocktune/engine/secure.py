@@ -62,12 +62,18 @@ def secure(settings: SecureAggregationConfig, returned: Callable[[ClientTask], T
         if not given:
             return
         exchange = _Exchange(settings, engine, given, returned)
+        summed = []
         try:
-            yield from exchange.run(cohort.wanted)
+            for reply in exchange.run(cohort.wanted):
+                if isinstance(reply[1], Update):
+                    summed.append(reply)
+                else:
+                    yield reply
         finally:
             for client in given:  # those that dropped out have not come to throw them away
                 if client in engine.memories:
                     engine.memories[client] = without_secrets(engine.memories[client])
+        yield from summed  # then only: who has the sum saves memories, and asks for no more
 
     return collect
 

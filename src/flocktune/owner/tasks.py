@@ -137,11 +137,11 @@ class Owner:
         kept = load_memory(self.home, named["run"])
         trust = load_trust(self.home) if secure else {}
         half = around_client(config, bounded(policy, side.half))
-        update, memory = _trained(task, half, {**kept.for_task(task), **trust})
+        update, memory = _trained(task, half, {**kept.for_task(task, side.data), **trust})
         refuse_large(policy, update)
         if secure:
             memory = save_trust(self.home, memory)
-        save_memory(self.home, named["run"], kept.following(task, memory), policy.max_memory_mb)
+        save_memory(self.home, named["run"], kept.following(task, memory, side.data), policy.max_memory_mb)
         return self._let_out(update, named, task.kind if secure else "")
 
     def _let_out(self, update: Update, named: Mapping[str, Any], phase: str = "") -> Parcel:

@@ -118,8 +118,8 @@ def noised(half: ServerHalf, privacy: ClientPrivacy, secret: bytes | None) -> Se
     """``half`` with clip norms in its messages, and noise in the mean that it steps by.
 
     State: ``privacy/clip_norm`` and ``privacy/rounds``, how many were spent, beside that of ``half``. ``secret``: the
-    run's key; without one no step can be taken. Noise is a function of the secret, the round and the mean itself, so
-    that a round which is repeated to the same mean is the same, and to another mean has other noise.
+    run's key; without one no step can be taken. Noise is a function of the secret, the round and the sum itself, so
+    that a round which is repeated to the same sum is the same, and to another sum has other noise.
     """
     if half.combine is not None:
         raise ValueError("noise is for a sum of clipped updates, and this method combines them in another way")
@@ -146,8 +146,8 @@ def noised(half: ServerHalf, privacy: ClientPrivacy, secret: bytes | None) -> Se
         if secret is None:
             raise FlocktuneError("differential privacy needs the run's secret key, and there is none here")
         done = int(state[rounds_name])
-        key = derive_key(secret, "round", done, digest(update.delta))
         sums = sums_of(update.delta, update.clients)
+        key = derive_key(secret, "round", done, digest(sums))
         clip_norm = state[CLIP_NORM]
         if adaptive and for_within:
             share = float(for_within.noised({WITHIN: sums.pop(WITHIN)}, key)[WITHIN].clamp(-0.5, 0.5)) + 0.5

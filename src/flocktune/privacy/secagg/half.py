@@ -87,7 +87,8 @@ def secure_half(
 def _share(
     task: ClientTask, memory: Memory, state: State, settings: SecureAggregationConfig, random: Random
 ) -> tuple[Update, Memory]:
-    entries, known = read_entries(task.tensors), peers_of(memory)
+    own = masks.identity_of(as_bytes(memory[IDENTITY]))  # in its own list, too, no other may sign for it
+    entries, known = read_entries(task.tensors), {**peers_of(memory), state.name: own}
     state, sealed, committed = client.share(state, entries, known, settings.threshold, settings.min_clients, random)
     memory = {**memory, **peers_memory({**known, **{entry.name: entry.identity for entry in entries}})}
     return _reply(shares=as_rows(sealed, SEALED_BYTES), commitment=committed), _with(memory, state)
