@@ -62,18 +62,12 @@ def secure(settings: SecureAggregationConfig, returned: Callable[[ClientTask], T
         if not given:
             return
         exchange = _Exchange(settings, engine, given, returned)
-        summed = []
         try:
-            for reply in exchange.run(cohort.wanted):
-                if isinstance(reply[1], Update):
-                    summed.append(reply)
-                else:
-                    yield reply
+            yield from exchange.run(cohort.wanted)
         finally:
             for client in given:  # those that dropped out have not come to throw them away
                 if client in engine.memories:
                     engine.memories[client] = without_secrets(engine.memories[client])
-        yield from summed  # then only: who has the sum saves memories, and asks for no more
 
     return collect
 
