@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy import stats
 
 from flocktune.algorithms import fedavg
@@ -413,3 +414,23 @@ def test_two_sides_compute_what_one_process_does(world: Path, tmp_path: Path) ->
     assert summary["privacy"] == expected["privacy"]
     secret = (here / "secret.key").read_bytes()
     assert all(secret.hex() not in str(parcel.fields) and secret not in parcel.blob for _, parcel in link.sent)
+
+
+def test_under_secure_aggregation_noise_is_added_to_the_sum(world: Path, tmp_path: Path) -> None:
+    """Without noise it is the sum of clipped updates to the fixed-point step; with noise a round repeats to the bit."""
+    all_of_them = (*PRIVATE, "scheduling.selection={kind: poisson, fraction: 1.0}")
+    secure = "secure_aggregation={min_clients: 2}"
+    silent = (*all_of_them, "privacy.noise_multiplier=0", "rounds=1")  # later rounds train apart
+    plain, summed = (tmp_path / "plain", tmp_path / "summed")
+    execute(new_run(world, plain, *silent))
+    execute(new_run(world, summed, *silent, secure))
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (plain, summed)]
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, atol=1e-6, rtol=0)
+    one, again = (new_run(world, tmp_path / name, *all_of_them, secure) for name in ("one", "again"))
+    expected = execute(one)
+    (again / "secret.key").write_bytes((one / "secret.key").read_bytes())
+    assert execute(again)["adapter_sha256"] == expected["adapter_sha256"]
+    assert [event["privacy"]["epsilon"] for event in events(one)] == [
+        Budget(1.0, 1.0, 1e-3).epsilon(rounds) for rounds in (1, 2, 3)
+    ]

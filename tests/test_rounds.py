@@ -406,3 +406,23 @@ def test_what_travels_is_checked_before_and_after_it_is_undone() -> None:
         restored(Update({"w": torch.ones(3)}, 1.0), [transform], START)
     with pytest.raises(UpdateRefused, match="NaN or infinite"):
         restored(Update({"w": torch.full((3,), 7.0, dtype=torch.bfloat16)}, 1.0), [transform], START)
+
+
+def test_what_a_client_no_longer_keeps_is_gone() -> None:
+    """As the secrets of a round of secure aggregation: they must not be in the checkpoint that follows."""
+
+    def half(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
+        if task.round == 2:
+            raise RuntimeError("at the third round")
+        update = Update({"w": torch.zeros(3)}, 1.0)
+        return update, {} if memory else {"secret": torch.ones(1)}
+
+    engine = InProcess(half)
+    kept: list[set[str]] = []
+    hooks = Hooks(on_round=lambda record, state: kept.append(set(engine.memories)))
+    run(2, engine=engine, hooks=hooks)
+    assert kept == [set(TARGETS), set()]
+    engine.memories["a"] = {"secret": torch.ones(1)}
+    with pytest.raises(RoundFailed):
+        run(3, engine=engine, state=fedavg.server_half(AggregationConfig()).init(START), first_round=2)
+    assert set(engine.memories) == {"a"}, "a client that fails keeps what it had"

@@ -716,6 +716,18 @@ def test_a_cohort_below_the_floor_is_refused_before_the_run() -> None:
     assert scheduler(parse_recipe("", SECURE), sizes)(0).wanted == len(NAMES)
 
 
+def test_cohorts_that_are_drawn_may_be_too_small_only_by_a_rare_chance() -> None:
+    """A round of too few fails, and is drawn again as it was: the run would end there."""
+    drawn = ("privacy={kind: user, clip_norm: 1.0, delta: 1.0e-5, noise_multiplier: 1.0}", "rounds=20")
+    poisson = "scheduling.selection={kind: poisson, fraction: 0.2}"
+    recipe = parse_recipe("", (*SECURE, *drawn, poisson))
+    many = {f"client-{number}": range(3) for number in range(100)}
+    scheduler(recipe, many, secret=bytes(32))
+    some = dict(list(many.items())[:30])  # a round of 0, 1 or 2 of 30: 4.4 %
+    with pytest.raises(UserError, match=r"min_clients, 3, got 0\.59, with 30 clients of which each is drawn with 0\.2"):
+        scheduler(recipe, some, secret=bytes(32))
+
+
 def test_baselines_have_one_client_and_leave_it_out() -> None:
     """A comparison's baselines are settings of the same recipe."""
     assert secured(parse_recipe("", (*SECURE, "method=centralised"))) is None

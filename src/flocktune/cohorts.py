@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from flocktune.aggregation.robust import least_updates
 from flocktune.algorithms.local import steps_per_round
@@ -19,6 +20,9 @@ from flocktune.scheduling import Cohort, cohort_size, read_trace, select
 
 EVERYONE = "everyone"
 """The one client of a centralised run: it holds all rows."""
+
+MOST_RISK = 1e-3
+"""The greatest chance, over a whole run, that a cohort which is drawn client by client is too small for its sum."""
 
 
 def scheduler(
@@ -44,6 +48,8 @@ def scheduler(
         fix = "Ask more clients in a round, or lower secure_aggregation.min_clients: a sum of few hides little."
         expected = f"at least secure_aggregation.min_clients, {secure.min_clients}, in a round"
         raise UserError(Problem("scheduling.selection", expected, str(first.wanted), fix))
+    if secure and isinstance(selection, Poisson):
+        _refuse_small_draws(selection.fraction, len(sizes), secure.min_clients, config.rounds)
     least = least_updates(config.aggregation.robust)
     drawn = isinstance(selection, Poisson)  # how many come is known in the round
     if config.method in FEDERATED and not drawn and first.wanted < least:
@@ -67,3 +73,16 @@ def updates_a_round(config: RunConfig, wanted: int, clients: int) -> int:
     if isinstance(config.scheduling.selection, Poisson):
         return cohort_size(config.scheduling.selection.fraction, clients)
     return config.scheduling.buffered.size if config.scheduling.buffered else wanted
+
+
+def _refuse_small_draws(fraction: float, clients: int, least: int, rounds: int) -> None:
+    """Raise UserError when cohorts that are drawn client by client are likely to be too small to hide anybody.
+
+    A round with fewer than ``least`` fails, and is drawn again as it was: the run can not go on.
+    """
+    chance = 1 - float(binom.sf(least - 1, clients, fraction)) ** rounds
+    if chance > MOST_RISK:
+        expected = f"a chance below {MOST_RISK:g} that a round has fewer than secure_aggregation.min_clients, {least}"
+        got = f"{chance:.2g}, with {clients} clients of which each is drawn with {fraction:g}, {rounds} rounds"
+        fix = "Raise scheduling.selection.fraction: such a round fails, and the run with it."
+        raise UserError(Problem("scheduling.selection.fraction", expected, got, fix))

@@ -80,6 +80,14 @@ class Issued:
     at: float
 
 
+def keep(memories: dict[str, Memory], client: str, memory: Memory) -> None:
+    """What ``client`` keeps from here on; one that keeps nothing any more leaves nothing of what it kept."""
+    if memory:
+        memories[client] = memory
+    else:
+        memories.pop(client, None)
+
+
 class Engine(Protocol):
     """Runs tasks somewhere.
 

@@ -10,7 +10,7 @@ from itertools import count
 from statistics import NormalDist
 
 from flocktune.engine.client import answer
-from flocktune.interfaces import ClientHalf, Issued, Memory
+from flocktune.interfaces import ClientHalf, Issued, Memory, keep
 from flocktune.seeds import derive_seed
 from flocktune.types import ClientTask, Failure, Update
 
@@ -45,8 +45,7 @@ class InProcess:
 
     def _reply(self, task: ClientTask) -> Update | Failure:
         reply, memory = answer(task, self.half, self.memories.get(task.client, {}))
-        if memory:
-            self.memories[task.client] = memory
+        keep(self.memories, task.client, memory)
         return reply
 
 

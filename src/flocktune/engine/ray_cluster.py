@@ -32,9 +32,9 @@ from typing import Any
 from flocktune.config.engines import RayEngine
 from flocktune.engine import ray_worker
 from flocktune.engine.in_process import duration
-from flocktune.engine.ray_worker import pack, unpack
+from flocktune.engine.ray_worker import UNFIT, pack, unpack
 from flocktune.errors import FlocktuneError, Problem, UserError
-from flocktune.interfaces import Issued, Memory
+from flocktune.interfaces import Issued, Memory, keep
 from flocktune.types import ClientTask, Failure, Tensors, Update
 from flocktune.wire import build_update, task_fields
 
@@ -181,7 +181,7 @@ class OnRay:
             self._replace(seat, error)
             return
         else:
-            job.reply, job.memory = _opened(job.task, kind, body), memory
+            job.reply, job.memory = _opened(job.task, kind, body), None if kind == UNFIT else memory
         seat.jobs.popleft()
 
     def _replace(self, seat: _Seat, error: Exception) -> None:
@@ -212,8 +212,8 @@ class OnRay:
         """What came of ``job``, once it is there; the client's new memory is kept."""
         while job.reply is None:
             self._take_in()
-        if job.memory:
-            self.memories[job.task.client] = unpack(job.memory)[1]
+        if job.memory is not None:
+            keep(self.memories, job.task.client, unpack(job.memory)[1] if job.memory else {})
         return job.reply
 
     def _forget(self) -> None:
@@ -224,14 +224,17 @@ class OnRay:
 
 @dataclass(eq=False)
 class _Job:
-    """A task that was given out. ``losses``: how many workers were lost while they were at it."""
+    """A task that was given out. ``losses``: how many workers were lost while they were at it.
+
+    ``memory``: what the client has now, empty when that is nothing; None: what it had before.
+    """
 
     task: ClientTask
     arguments: tuple[Any, ...]
     reference: Any = None
     losses: int = 0
     reply: Update | Failure | None = None
-    memory: bytes = b""
+    memory: bytes | None = None
 
 
 class _Seat:
