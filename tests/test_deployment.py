@@ -134,6 +134,22 @@ def test_both_sides_books_agree(deployed: Deployed) -> None:
         assert audit.verify(owner.home / "audit.jsonl") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("summed", ("secure_aggregation={min_clients: 3}", "aggregation.weights=equal")),
+        ("smaller", ("compression={format: int8, block: 16}", "aggregation.rule=fedsa_lora")),
+    ],
+)
+def test_what_clients_remember_and_hide(
+    deployed: Deployed, cli: Callable[..., Said], tmp_path: Path, name: str, asked: tuple[str, ...]
+) -> None:
+    """Five phases of a secure sum; error feedback and a factor that stays: the bits of one process, over TLS."""
+    verb("federation", "run", deployed.folder, deployed.recipe, f"name={name}", *asked)
+    assert [sorted(event["answered"]) for event in deployed.rounds(name)] == [list(NAMES), list(NAMES)]
+    assert deployed.summary(name)["adapter_sha256"] == one_process(cli, deployed, tmp_path / "one", *asked)
+
+
 @pytest.mark.needs_nginx
 def test_what_is_not_the_fleets_is_refused_while_owners_are_there(deployed: Deployed) -> None:
     context = ssl.create_default_context(cafile=str(deployed.federation.authority))
