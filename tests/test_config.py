@@ -101,10 +101,30 @@ def test_every_problem_is_in_one_message() -> None:
         ("name: ../up", "name: expected"),
         ("method: local", "scheduling.selection: expected one named client with method local, got uniform"),
         ("1: 2", "1: expected a known setting"),
+        (
+            "engine: {kind: ray, wrokers: 2}",
+            "engine.wrokers: expected a known setting, got an unknown one. Did you mean",
+        ),
+        ("engine: {kind: flower, deadlines: 2}", "Did you mean engine.deadline_s?"),
+        ("local: {steps: 1, correction: {kind: feddyn, alhpa: 1}}", "Did you mean local.correction.alpha?"),
+        (
+            "local: {steps: 1, correction: scaffold}",
+            'group of settings, {key: value}, got "scaffold". Its settings: kind',
+        ),
+        ("compression: int8", "Its settings: format, block, top_k, error_feedback, zstd."),
+        ("ranks: {kind: by_class, classes: []}", "ranks.classes: expected at least 1 of them, got []"),
+        ("compare: {local: all}", "compare.local: expected integer, or array"),
     ],
 )
 def test_mistakes_are_named(text: str, words: str) -> None:
     assert words in problems_of(text)
+
+
+def test_a_list_with_a_wrong_entry_is_not_said_to_be_too_short() -> None:
+    message = problems_of("ranks: {kind: by_class, classes: [{rank: 4, fracton: 1.0}]}")
+    assert "ranks.classes.0.fracton: expected a known setting" in message
+    assert "Did you mean ranks.classes.fraction?" in message
+    assert "at least" not in message
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
 from flocktune.config.factors import rank_problems
+from flocktune.config.mistakes import explain
 from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
 from flocktune.errors import Problem, UserError
@@ -146,59 +146,6 @@ def _override(tree: dict[str, Any], text: str) -> Iterator[Problem]:
     if leaf == "kind" and branch.get("kind") != parsed:
         branch.clear()  # the other kind's settings do not fit this one
     branch[leaf] = parsed
-
-
-def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
-    """Pydantic's errors in our words; what the members of one union say about one place becomes one problem.
-
-    ``known``: the keys that an unknown one may have been meant as; default: those of a recipe.
-    """
-    merged: dict[str, Problem] = {}
-    for item in errors:
-        path = [str(part) for part in item["loc"] if not _is_union_member(part)]
-        where = ".".join(path) or "recipe"
-        got = json.dumps(item.get("input"), default=str)[:120]
-        context = item.get("ctx", {})
-        match item["type"]:
-            case "unexpected_keyword_argument" | "extra_forbidden":
-                problem = Problem(where, "a known setting", "an unknown one", _suggest(path, known))
-            case "union_tag_not_found":
-                problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
-            case "union_tag_invalid":
-                problem = Problem(f"{where}.kind", f"one of {context['expected_tags']}", repr(context["tag"]))
-            case "string_pattern_mismatch":
-                problem = Problem(where, f"a text like {context['pattern']}", got)
-            case "missing" | "missing_argument":
-                problem = Problem(where, "a value", "nothing")
-            case _:
-                wanted = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-                problem = Problem(where, wanted, got)
-        if where in merged:
-            problem = dataclasses.replace(problem, expected=f"{merged[where].expected}, or {problem.expected}")
-        merged[where] = problem
-    return list(merged.values())
-
-
-def _is_union_member(part: Any) -> bool:
-    """Pydantic puts the union's member into the path (``iid``, ``tuple[str, ...]``); it is no key of the recipe."""
-    return isinstance(part, str) and (
-        part in _KINDS or part in ("int", "str", "constrained-float", "CustomTemplate") or "[" in part
-    )
-
-
-_KINDS = frozenset(
-    tag
-    for part in vars(schema).values()
-    if dataclasses.is_dataclass(part) and "kind" in part.__annotations__
-    for tag in get_args(get_type_hints(part)["kind"])
-)
-
-
-def _suggest(path: Sequence[str], known: Sequence[str]) -> str:
-    """The nearest key that exists at this place."""
-    known = known or [key for key, _ in _flatten(to_tree(RunConfig()))] + list(to_tree(RunConfig()))
-    near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
-    return f"Did you mean {near[0]}?" if near else "See the commented recipe of: flocktune init"
 
 
 def _cross_checks(config: RunConfig) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from flocktune.config.data import (
     QuantitySkew,
 )
 from flocktune.config.drift import Correction, FedDyn, Scaffold
-from flocktune.config.engines import Engine, InProcessEngine
+from flocktune.config.engines import Engine, FlowerEngine, InProcessEngine, RayEngine
 from flocktune.config.factors import ByClass, ByName, RankClass, Ranks, Rule
 from flocktune.config.fedbiot import AlignmentConfig, EmulatorConfig
 from flocktune.config.losses import Dpo, LocalLoss, NextToken

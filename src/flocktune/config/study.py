@@ -29,7 +29,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from flocktune.config.load import explain, parse_recipe, parse_yaml
+from flocktune.config.load import parse_recipe, parse_yaml
+from flocktune.config.mistakes import explain
 from flocktune.config.schema import CompareConfig, Count, RunConfig
 from flocktune.errors import Problem, UserError
 

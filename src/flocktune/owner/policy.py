@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from flocktune.config.load import explain, parse_yaml
+from flocktune.config.load import parse_yaml
+from flocktune.config.mistakes import explain
 from flocktune.config.numbers import Positive, PositiveFloat
 from flocktune.config.privacy import Privacy, SamplePrivacy
 from flocktune.config.schema import Columns
