@@ -339,7 +339,9 @@ def test_settings_are_checked() -> None:
         with pytest.raises(UserError, match=problem):
             parse_recipe(f"aggregation: {{robust: {text}}}")
     buffered = "scheduling={buffered: {size: 2, concurrency: 2}}"
-    with pytest.raises(UserError, match=r"aggregation\.robust: expected nothing that does not go with buffered"):
+    with pytest.raises(
+        UserError, match=r"aggregation\.robust: expected buffered rounds \(scheduling\.buffered\) without robust"
+    ):
         parse_recipe("aggregation: {robust: {kind: median}}", [buffered])
     assert parse_recipe("{method: centralised, aggregation: {robust: {kind: median}}}", [buffered])
 

@@ -272,8 +272,8 @@ def refused(config: RunConfig) -> Iterator[Problem]:
     used = [name for name, feature in FEATURES.items() if feature.used(config)]
     for one, other in combinations(used, 2):
         if why := reason(one, other):
-            expected = f"nothing that does not go with {FEATURES[one].title} ({FEATURES[one].setting})"
-            yield Problem(FEATURES[other].setting, expected, FEATURES[other].title, why)
+            expected = f"{FEATURES[one].title} ({FEATURES[one].setting}) without {FEATURES[other].title}"
+            yield Problem(FEATURES[other].setting, expected, "both", why)
 
 
 def document() -> str:
