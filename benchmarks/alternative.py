@@ -38,6 +38,7 @@ from benchmarks.ladder import (
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.local import ClientData
+from flocktune.algorithms.rules import Sharing, diagnose
 from flocktune.config.schema import AggregationConfig, Columns, LocalConfig, LoraConfig, ModelConfig
 from flocktune.data.batching import evaluation_batches, training_batches
 from flocktune.data.encoding import encode
@@ -48,7 +49,7 @@ from flocktune.engine.rounds import Hooks, run_rounds
 from flocktune.errors import UserError
 from flocktune.interfaces import State
 from flocktune.models.load import load_model, load_tokenizer, pad_id
-from flocktune.models.lora import Adapter, attach
+from flocktune.models.lora import Adapter, attach, scale
 from flocktune.scheduling import Cohort
 from flocktune.training import evaluate_loss
 from flocktune.types import Tensors
@@ -150,6 +151,7 @@ def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> 
 def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation:
     """The whole round as a run does it: engine, checks, aggregation, diagnostics, checkpoint."""
     server = fedavg.server_half(AggregationConfig())
+    sharing = Sharing("fedit", work.lora.rank, scale(work.lora), 0)
     cohort = Cohort(tuple(work.clients), len(work.clients), 1)
 
     def data(client: str) -> ClientData:
@@ -174,7 +176,9 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation
     def save(record: Any, state: State) -> None:
         save_checkpoint(Path(work.folder) / name, Checkpoint(record.round + 1, state, {}, {}), keep=2)
 
-    hooks = Hooks(on_round=save, diagnose=fedavg.diagnose, diagnose_clients=AggregationConfig().diagnose_clients)
+    hooks = Hooks(
+        on_round=save, diagnose=diagnose(sharing, server), diagnose_clients=AggregationConfig().diagnose_clients
+    )
 
     def advance(state: State, number: int) -> State:
         return run_rounds(

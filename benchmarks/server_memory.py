@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.paired import Options, Result, Spread, in_fresh_process, interleaved, ratio, say
-from flocktune.algorithms.fedavg import diagnose, server_half
+from flocktune.algorithms.fedavg import server_half
+from flocktune.algorithms.rules import Sharing, diagnose
 from flocktune.config.schema import AggregationConfig
 from flocktune.engine.rounds import Hooks, run_rounds
 from flocktune.interfaces import Memory
@@ -114,7 +115,7 @@ def aggregate(case: Case, message: Tensors) -> float:
         rounds=1,
         kind="fedavg",
         seed=0,
-        hooks=Hooks(diagnose=diagnose, diagnose_clients=case.kept),
+        hooks=Hooks(diagnose=diagnose(Sharing("fedit", RANK, 1.0, 0), server), diagnose_clients=case.kept),
     )
     return time.perf_counter() - started - engine.seconds
 
