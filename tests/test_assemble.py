@@ -15,6 +15,7 @@ from flocktune.allocation import allocate_clients
 from flocktune.assemble import federation
 from flocktune.cohorts import EVERYONE, centralised_steps
 from flocktune.config.load import load_recipe
+from flocktune.config.personal import Ditto, FineTune, Personal
 from flocktune.config.schema import LocalConfig, ModelConfig, Named, RunConfig
 from flocktune.errors import UserError
 from flocktune.estimate import estimate
@@ -106,6 +107,13 @@ def test_the_estimate_is_what_a_run_has(config: RunConfig, tmp_path: Path) -> No
     assert 0 < headers < 4096
     assert summary["bytes_down"] == summary["bytes_up"] == 3 * 2 * encoded_size(fed.start)
     assert 3 * costs.round_bytes_down == summary["bytes_down"] - 6 * headers
+
+
+@pytest.mark.parametrize(("personal", "more"), [(Ditto(), 12), (Ditto(steps=5), 30), (FineTune(steps=5), 20)])
+def test_steps_on_clients_own_adapters_are_counted(config: RunConfig, personal: Personal, more: int) -> None:
+    assert estimate(replace(config, personal=personal)).steps_total == estimate(config).steps_total + more
+    alone = replace(config, method="centralised")
+    assert estimate(replace(alone, personal=personal)).steps_total == estimate(alone).steps_total
 
 
 def test_the_estimate_names_problems_of_model_and_data_at_once(config: RunConfig) -> None:

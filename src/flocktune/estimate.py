@@ -18,9 +18,10 @@ from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.allocation import ClientRows, allocate_clients, client_data
 from flocktune.assemble import check_context, refuse_ranks
 from flocktune.cohorts import scheduler, updates_a_round
-from flocktune.config.capabilities import correction_of
+from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.drift import Scaffold
 from flocktune.config.factors import SIDED
+from flocktune.config.personal import Ditto, FineTune
 from flocktune.config.schema import Dpo, RunConfig
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
@@ -122,6 +123,11 @@ def estimate(config: RunConfig) -> Estimate:
     if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
         frozen += trainable  # the reference
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
+    match personal_of(config):
+        case Ditto(steps=own):
+            steps += steps if own is None else config.rounds * cohort * own
+        case FineTune(steps=own):
+            steps += len(sizes) * own
     mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
     travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
     rows_per_step = config.local.batch_size * config.local.accumulate
