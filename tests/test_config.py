@@ -111,6 +111,7 @@ def test_every_problem_is_in_one_message() -> None:
             "local: {steps: 1, correction: scaffold}",
             'group of settings, {key: value}, got "scaffold". Its settings: kind',
         ),
+        ("method: fedbiot\nalignment: {initial_step: 1}", "alignment.initial_step: expected a known setting"),
         ("compression: int8", "Its settings: format, block, top_k, error_feedback, zstd."),
         ("ranks: {kind: by_class, classes: []}", "ranks.classes: expected at least 1 of them, got []"),
         ("compare: {local: all}", "compare.local: expected integer, or array"),

@@ -24,6 +24,7 @@ from flocktune.aggregation.lora import factorised, residual
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.factors import around_client, around_server, with_own
 from flocktune.algorithms.rules import Sharing, combined, diagnose
+from flocktune.assemble import federation
 from flocktune.config.factors import ByClass, ByName, RankClass, rank_of
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import AggregationConfig, LocalConfig, LoraConfig, ServerAdaptive, ServerSgd
@@ -574,6 +575,14 @@ def test_ranks_of_unknown_clients_are_named(world: World) -> None:
     config = load_recipe(world.recipe, ["ranks={kind: by_name, ranks: {nobody: 1}}"])
     with pytest.raises(UserError, match="nobody"):
         estimate(config)
+
+
+def test_baselines_beside_clients_whose_ranks_are_named_ignore_them(world: World) -> None:
+    config = load_recipe(world.recipe, ["ranks={kind: by_name, ranks: {client-01: 1}}"])
+    everyone = federation(replace(config, method="centralised"))
+    assert list(everyone.data.clients) == ["everyone"]
+    unnamed = federation(replace(config, method="centralised", ranks=None))
+    assert digest(everyone.start) == digest(unnamed.start)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------

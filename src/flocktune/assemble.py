@@ -119,6 +119,7 @@ def federation(
         return _fedbiot(config, data, own_bundle, secret)
     base = load_base(config.model, config.lora, config.runtime.device)
     local = config.local
+    refuse_ranks(config, list(data.clients))
     if config.method == "centralised":
         local = replace(local, steps=centralised_steps(config, data.clients), epochs=None)
         data = replace(data, clients={EVERYONE: np.sort(np.concatenate(list(data.clients.values())))})
@@ -128,7 +129,6 @@ def federation(
     preferences = preferences_of(config, base.adapter)
     clients = client_data(config, base.pad_id, data, secret, preferences)
     sharing, start = factors.sharing_of(config), starting_adapter(config, base.adapter)
-    refuse_ranks(config, list(data.clients))
     identity = identity_of(config, data)
     half = adapter_client(config, base.adapter, clients, local, rounds=rounds)
     client = clients_side(config, data, with_its_reference(half, preferences))

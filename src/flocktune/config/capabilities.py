@@ -171,6 +171,7 @@ FEATURES: Mapping[str, Feature] = {
         lambda config: config.attack is not None and config.attack.kind in ("label_flip", "backdoor", "alignment"),
         ("attack={kind: label_flip}",),
     ),
+    "canaries": Feature("canaries", "canaries", lambda config: config.canaries is not None, ("canaries={count: 2}",)),
     "gate": Feature(
         "a gate",
         "gate",
@@ -225,6 +226,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("robust", "feddyn"): _ALL_MEANS,
     ("gate", "scaffold"): _NO_WAY_BACK,
     ("gate", "feddyn"): _NO_WAY_BACK,
+    ("dpo", "canaries"): "A canary is a secret in a row's one answer, and a preference row has two.",
     ("dpo", "attack_on_rows"): "These attacks change a row's one answer, and a preference row has two.",
     ("robust", "user_privacy"): "The noise hides a client in a mean of clipped updates, not in what a rule picks.",
     ("robust", "secure_aggregation"): "What nobody sees one by one can not be compared: only a sum leaves the clients.",

@@ -20,7 +20,8 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
     """
     merged: dict[str, Problem] = {}
     for item in errors:
-        path = [str(part) for part in item["loc"] if not _is_union_member(part)]
+        top, below = item["loc"][:1], item["loc"][1:]  # "alignment" is a part of a recipe, and a kind of attack
+        path = [str(part) for part in (*top, *(part for part in below if not _is_union_member(part)))]
         where = ".".join(path) or "recipe"
         got = json.dumps(item.get("input"), default=str)[:120]
         context = item.get("ctx", {})
