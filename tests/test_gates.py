@@ -231,7 +231,10 @@ def test_files_that_are_not_there_are_named(world: World, probe: Path, tmp_path:
     (tmp_path / "empty.txt").write_text("\n\n")
     for gate, problem in (
         (replace(config.gate, probe="nowhere.jsonl"), r"gate\.probe: nowhere\.jsonl"),
-        (replace(config.gate, refusal=Refusals("nothing.txt")), r"gate\.refusal\.prompts: expected a text file"),
+        (
+            replace(config.gate, refusal=Refusals("nothing.txt")),
+            r"gate\.refusal\.prompts: expected a text file, one prompt a line, got nothing at nothing\.txt",
+        ),
         (replace(config.gate, canaries=GateCanaries(str(tmp_path / "empty.txt"), ("x",))), r"at least one prompt"),
     ):
         with pytest.raises(UserError, match=problem):

@@ -247,7 +247,8 @@ def _lines(path: str, where: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(Problem(where, "a text file, one prompt a line", str(error))) from None
+        got = f"nothing at {path}" if isinstance(error, FileNotFoundError) else str(error)
+        raise UserError(Problem(where, "a text file, one prompt a line", got)) from None
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise UserError(Problem(where, "at least one prompt, one a line", "none"))
