@@ -619,7 +619,7 @@ def test_neither_a_path_nor_a_piece_of_a_row_is_told(
     def side(*given: object) -> tasks.OwnersSide:
         if where == "loading":
             raise make(secret)
-        return tasks.OwnersSide(half, lambda task: decode_tensors(scene.first.blob), 11)
+        return tasks.OwnersSide(half, lambda task: decode_tensors(scene.first.blob), {}, 11)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "owners_side", side)
