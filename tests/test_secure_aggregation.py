@@ -27,6 +27,7 @@ from flocktune.engine.in_process import InProcess
 from flocktune.engine.rounds import Hooks, RoundRecord, one_by_one, run_rounds
 from flocktune.engine.secure import secure
 from flocktune.errors import RoundFailed, UserError
+from flocktune.estimate import estimate
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf
 from flocktune.privacy.secagg import client as protocol
 from flocktune.privacy.secagg import masks, shamir
@@ -749,3 +750,10 @@ def test_adaptive_clipping_needs_room_for_its_element() -> None:
     with pytest.raises(UserError, match=r"secure_aggregation.range: expected at least 0.5 with adaptive clipping"):
         parse_recipe("", (*SECURE, privacy, poisson, "secure_aggregation.range=0.4"))
     assert parse_recipe("", (*SECURE, privacy, poisson)).secure_aggregation
+
+
+def test_without_its_library_check_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flocktune.protection.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"secure_aggregation: expected .*cryptography.*flocktune\[privacy\]"):
+        estimate(parse_recipe("", SECURE))
+    assert estimate(parse_recipe("")).clients

@@ -33,7 +33,7 @@ from flocktune.models.layers import drop_layers, layer_stack, lora_within
 from flocktune.models.load import Description, describe, load_skeleton, pick_device, quantization_settings, stored_dtype
 from flocktune.models.lora import shapes
 from flocktune.models.split import plan_split
-from flocktune.protection import client_privacy, transforms_of
+from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
 from flocktune.starting import given_adapter
@@ -101,6 +101,7 @@ def estimate(config: RunConfig) -> Estimate:
     if device is not None:
         attempt(lambda: _refuse_quantization(config, device))
     attempt(lambda: refuse_missing(config))
+    attempt(lambda: refuse_unsecured(config))
     data = attempt(lambda: allocate_clients(config))
     schedule = attempt(lambda: scheduler(config, data.clients)) if data is not None else None
     if data is not None:

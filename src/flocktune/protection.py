@@ -41,7 +41,7 @@ def around_client(config: RunConfig, half: ClientHalf) -> ClientHalf:
     settings = secured(config)
     if settings is None:
         return half
-    _refuse_missing()
+    refuse_unsecured(config)
     from flocktune.privacy.secagg.half import secure_half
 
     return secure_half(half, settings)
@@ -87,7 +87,7 @@ def collect_of(config: RunConfig, server: ServerHalf) -> Collect:
     if server.combine is not None:  # the table of capabilities says it sooner, and why; this holds whatever it lacks
         got = "a method that combines updates by a rule of its own"
         raise UserError(Problem("secure_aggregation", "a method whose updates are averaged", got))
-    _refuse_missing()
+    refuse_unsecured(config)
     from flocktune.engine.secure import secure
 
     return secure(settings, lambda task: _summed(config, server, task.tensors))
@@ -105,8 +105,9 @@ def _summed(config: RunConfig, server: ServerHalf, received: Tensors) -> Tensors
     return cast(Tensors, on_wire(transforms_of(config), server.returned(received)))
 
 
-def _refuse_missing() -> None:
-    if find_spec("cryptography") is None:
+def refuse_unsecured(config: RunConfig) -> None:
+    """Raise UserError for secure aggregation without the library that its masks need."""
+    if secured(config) and find_spec("cryptography") is None:
         fix = "pip install 'flocktune[privacy]'"
         raise UserError(Problem("secure_aggregation", "the package cryptography", "not found", fix))
 
