@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ from flocktune.models.split import plan_split
 from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
+from flocktune.scheduling import Cohort
 from flocktune.starting import given_adapter
 from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
@@ -86,6 +87,46 @@ class EmulatorCosts:
 
 def estimate(config: RunConfig) -> Estimate:
     """Check recipe, files and model, and count. Raises UserError naming every problem that was found."""
+    counts, data, schedule, transforms = _looked_at(config)
+    sizes = [len(rows) for rows in data.clients.values()]
+    cohort = updates_a_round(config, schedule(0).wanted, len(sizes))
+    trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
+    if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
+        frozen += trainable  # the reference
+    steps = _steps(config, sizes, cohort)
+    mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
+    travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
+    rows_per_step = config.local.batch_size * config.local.accumulate
+    down, up = _round_bytes(config, counts.trained, list(data.clients), cohort, transforms)
+    base, emulator = counts.base, counts.emulator
+    held = counts.held
+    client_bytes = held.base_bytes + _training_bytes(
+        config, trainable, counts.trained_layers, held.width, held.vocabulary
+    )
+    return Estimate(
+        base_parameters=base.parameters,
+        trainable_parameters=trainable,
+        clients=len(sizes),
+        cohort=cohort,
+        train_rows=sum(sizes),
+        test_rows=len(data.test.examples),
+        untrainable_rows=len(data.train.report.untrainable),
+        rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
+        adapter_bytes=4 * trainable,
+        round_bytes_down=travelling * down + 4 * frozen * cohort,
+        round_bytes_up=travelling * up,
+        up_at_most=any(isinstance(value, AtMost) for value in on_wire(transforms, counts.trained).values()),
+        steps_total=steps,
+        tokens_total=int(steps * rows_per_step * mean_tokens),
+        memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
+        client_memory_bytes=client_bytes,
+        emulator=emulator,
+        privacy=_planned_privacy(config, data),
+    )
+
+
+def _looked_at(config: RunConfig) -> tuple[_Counts, ClientRows, Callable[[int], Cohort], Sequence[Transform]]:
+    """All that is counted in, with nothing wrong. Raises UserError naming every problem that was found."""
     problems: list[Problem | str] = []
 
     def attempt(step):  # type: ignore[no-untyped-def]
@@ -118,46 +159,18 @@ def estimate(config: RunConfig) -> Estimate:
         raise UserError(*dict.fromkeys(problems))
     if counts is None or data is None or schedule is None or transforms is None:
         raise FlocktuneError("nothing was found wrong, yet the recipe could not be read")
-    sizes = [len(rows) for rows in data.clients.values()]
-    cohort = updates_a_round(config, schedule(0).wanted, len(sizes))
-    trainable, frozen = (sum(value.numel() for value in part.values()) for part in (counts.trained, counts.sent_too))
-    if isinstance(config.local.loss, Dpo) and config.local.loss.reference == "start":
-        frozen += trainable  # the reference
+    return counts, data, schedule, transforms
+
+
+def _steps(config: RunConfig, sizes: Sequence[int], cohort: int) -> int:
+    """Optimiser steps of all rounds, those on clients' own adapters too."""
     steps = config.rounds * round(cohort * float(np.mean([steps_per_round(config.local, size) for size in sizes])))
     match personal_of(config):
         case Ditto(steps=own):
-            steps += steps if own is None else config.rounds * cohort * own
+            return steps + (steps if own is None else config.rounds * cohort * own)
         case FineTune(steps=own):
-            steps += len(sizes) * own
-    mean_tokens = len(data.train.encoded.tokens) / max(1, len(data.train.examples))
-    travelling = 2 if isinstance(correction_of(config), Scaffold) else 1  # each factor, and its control variate
-    rows_per_step = config.local.batch_size * config.local.accumulate
-    down, up = _round_bytes(config, counts.trained, list(data.clients), cohort, transforms)
-    base, emulator = counts.base, counts.emulator
-    held = counts.held
-    client_bytes = held.base_bytes + _training_bytes(
-        config, trainable, counts.trained_layers, held.width, held.vocabulary
-    )
-    return Estimate(
-        base_parameters=base.parameters,
-        trainable_parameters=trainable,
-        clients=len(sizes),
-        cohort=cohort,
-        train_rows=sum(sizes),
-        test_rows=len(data.test.examples),
-        untrainable_rows=len(data.train.report.untrainable),
-        rows_per_client=(min(sizes), float(np.median(sizes)), max(sizes)),
-        adapter_bytes=4 * trainable,
-        round_bytes_down=travelling * down + 4 * frozen * cohort,
-        round_bytes_up=travelling * up,
-        up_at_most=any(isinstance(value, AtMost) for value in on_wire(transforms, counts.trained).values()),
-        steps_total=steps,
-        tokens_total=int(steps * rows_per_step * mean_tokens),
-        memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
-        client_memory_bytes=client_bytes,
-        emulator=emulator,
-        privacy=_planned_privacy(config, data),
-    )
+            return steps + len(sizes) * own
+    return steps
 
 
 def _planned_privacy(config: RunConfig, data: ClientRows) -> str | None:

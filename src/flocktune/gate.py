@@ -29,7 +29,7 @@ from flocktune.evaluation.generate import evaluating, generate_answers, prompt_r
 from flocktune.files import sha256_bytes
 from flocktune.interfaces import ServerHalf, State
 from flocktune.resident import Base, Instructions, load_instructions
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import group, prefixed, without
 from flocktune.types import Tensors, Update
 
 GATE = "gate"
@@ -60,12 +60,6 @@ def gated(server: ServerHalf, gate: GateConfig, try_out: Callable[[Tensors], Tri
     (``rollbacks``). A step raises GateShut when there are too many, and UserError when the start does not pass.
     """
 
-    def own(state: State) -> dict[str, torch.Tensor]:
-        return group(state, GATE)
-
-    def others(state: State) -> State:
-        return {name: value for name, value in state.items() if not name.startswith(f"{GATE}/")}
-
     def init(start: Tensors) -> State:
         unknown = torch.tensor(math.nan, dtype=torch.float64)
         fresh = {
@@ -78,11 +72,11 @@ def gated(server: ServerHalf, gate: GateConfig, try_out: Callable[[Tensors], Tri
         return {**server.init(start), **prefixed(GATE, fresh)}
 
     def prepare(state: State, round: int) -> tuple[State, Mapping[str, Any]]:
-        prepared, told = server.prepare(others(state), round)
-        return {**prepared, **prefixed(GATE, own(state))}, told
+        prepared, told = server.prepare(without(state, GATE), round)
+        return {**prepared, **prefixed(GATE, group(state, GATE))}, told
 
     def step(state: State, update: Update) -> State:
-        before, mine = others(state), own(state)
+        before, mine = without(state, GATE), group(state, GATE)
         standing, best = Tried(*mine["standing"].tolist()), float(mine["best"])
         if math.isnan(standing.loss):
             standing = try_out(server.result(before))
@@ -112,9 +106,9 @@ def gated(server: ServerHalf, gate: GateConfig, try_out: Callable[[Tensors], Tri
     return replace(
         server,
         init=init,
-        message=lambda state, round: server.message(others(state), round),
+        message=lambda state, round: server.message(without(state, GATE), round),
         step=step,
-        result=lambda state: server.result(others(state)),
+        result=lambda state: server.result(without(state, GATE)),
         prepare=prepare,
     )
 

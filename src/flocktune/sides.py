@@ -40,10 +40,8 @@ def adapter_client(
         weights = config.aggregation.weights
         return fedavg.client_half(adapter, data, local, weights, rounds=rounds, penalty=penalty, adjust=adjust)
 
-    half, personal = (
-        drift.corrected_client(correction_of(config), make, bound=largest_value(config)),
-        personal_of(config),
-    )
+    half = drift.corrected_client(correction_of(config), make, bound=largest_value(config))
+    personal = personal_of(config)
     if isinstance(personal, Ditto):
         half = with_ditto(half, personal, adapter, data, local, rounds=rounds, trained=drift.methods_own)
     half = accounted(half, lambda client: data(client).private)

@@ -40,6 +40,12 @@ def group(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
 
+def without(tensors: Tensors, *prefixes: str) -> dict[str, Tensor]:
+    """All tensors but those of these groups, by their own names."""
+    starts = tuple(f"{prefix}/" for prefix in prefixes)
+    return {name: value for name, value in tensors.items() if not name.startswith(starts)}
+
+
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     """The inverse of :func:`group`."""
     return {f"{prefix}/{name}": value for name, value in tensors.items()}

@@ -50,7 +50,7 @@ from flocktune.models.factors import (
 )
 from flocktune.models.lora import scale
 from flocktune.seeds import derive_seed
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import group, prefixed, without
 from flocktune.types import ClientTask, Tensors, Update
 from flocktune.wire import side_factors
 
@@ -200,8 +200,7 @@ def around_client(sharing: Sharing, factors: Tensors, half: ClientHalf) -> Clien
             **prefixed(FIXED, {name: value for name, value in whole.items() if name not in back | private}),
             **{name: value for name, value in said.items() if of_side(name)},
         }
-        others = {name: value for name, value in memory.items() if not name.startswith(OWN + "/")}
-        update, kept = half(replace(task, tensors=tensors), others)
+        update, kept = half(replace(task, tensors=tensors), without(memory, OWN))
         delta = cut(update.delta, rank)
         own = {name: mine[name] + delta[name] for name in delta if name in private}
         leaving = {name: value for name, value in delta.items() if name in back}

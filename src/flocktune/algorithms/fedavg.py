@@ -18,7 +18,7 @@ from flocktune.algorithms.local import ClientData, train_locally
 from flocktune.config.schema import AggregationConfig, LocalConfig
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
 from flocktune.models.lora import Adapter
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import group, prefixed, without
 from flocktune.training import Adjust, Penalty
 from flocktune.types import ClientTask, Tensors, Update
 
@@ -71,7 +71,7 @@ def client_half(
     """
 
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-        received = {name: value for name, value in task.tensors.items() if not name.startswith(FIXED + "/")}
+        received = without(task.tensors, FIXED)
         adapter.load({**group(task.tensors, FIXED), **received})
         mine = data(task.client)
         update = train_locally(

@@ -29,7 +29,7 @@ from flocktune.config.losses import Dpo
 from flocktune.data.batching import Batch
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
 from flocktune.models.lora import Adapter
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import group, prefixed, without
 from flocktune.training import label_logits
 from flocktune.types import ClientTask, Mean, Tensors, Update
 
@@ -186,7 +186,7 @@ def with_reference(server: ServerHalf) -> ServerHalf:
 
 
 def _without_reference(tensors: Tensors) -> Tensors:
-    return {name: value for name, value in tensors.items() if not name.startswith(f"{REFERENCE}/")}
+    return without(tensors, REFERENCE)
 
 
 def _reference_of(tensors: Tensors) -> Tensors:

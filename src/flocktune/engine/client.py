@@ -14,7 +14,7 @@ from typing import Any
 
 from flocktune.errors import FlocktuneError, UpdateRefused
 from flocktune.interfaces import ClientHalf, Memory, Transform
-from flocktune.tensors import group, mismatches, prefixed
+from flocktune.tensors import group, mismatches, prefixed, without
 from flocktune.types import ClientTask, Expected, Failure, Mean, Tensors, Update
 
 _LOG = logging.getLogger(__name__)
@@ -27,13 +27,10 @@ def transformed(half: ClientHalf, transforms: Sequence[Transform]) -> ClientHalf
     """
     if not transforms:
         return half
-    names = tuple(f"{transform.name}/" for transform in transforms)
-
-    def others(tensors: Tensors) -> Tensors:
-        return {name: value for name, value in tensors.items() if not name.startswith(names)}
+    names = [transform.name for transform in transforms]
 
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-        update, kept = half(replace(task, tensors=others(task.tensors)), others(memory))
+        update, kept = half(replace(task, tensors=without(task.tensors, *names)), without(memory, *names))
         for transform in transforms:
             update, own = transform.on_client(update, task, group(memory, transform.name))
             kept = {**kept, **prefixed(transform.name, own)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
@@ -102,9 +102,8 @@ def run_rounds(
     """Run rounds ``first_round .. rounds - 1`` and return the last state.
 
     ``schedule(round)`` gives the cohort; one with quorum 0 may be empty, and its update is then no change.
-    ``hooks.on_round`` gets every finished round with its state: that is where a
-    checkpoint is written. Raises RoundFailed when fewer than the quorum answer; the state is then that of the
-    round before.
+    ``hooks.on_round`` gets every finished round with its state: that is where a checkpoint is written. Raises
+    RoundFailed when fewer than the quorum answer; the state is then that of the round before.
     """
     hooks = hooks or Hooks()
     for number in range(first_round, rounds):
@@ -116,18 +115,8 @@ def run_rounds(
             hooks.on_prepared(number, told, state)
         message = server.message(state, number)
         intake = _Intake(server, message, cohort, transforms, hooks)
-        tasks = (
-            ClientTask(
-                number,
-                client,
-                kind,
-                server.addressed(message, client),
-                derive_seed(seed, number, client),
-                config_digest,
-                model_digest,
-            )
-            for client in cohort.asked
-        )
+        task = ClientTask(number, "", kind, message, seed, config_digest, model_digest)
+        tasks = (_for_client(task, server, client) for client in cohort.asked)
         started = time.perf_counter()
         metered = _Metered(engine)
         updates = intake.usable(collect(metered, tasks, cohort))
@@ -146,6 +135,12 @@ def run_rounds(
         state, record = finish_round(server, state, combined, intake, hooks, number, cohort.asked, sent, started)
         hooks.on_round(record, state)
     return state
+
+
+def _for_client(task: ClientTask, server: ServerHalf, client: str) -> ClientTask:
+    """A round's task, of its whole message and the run's seed, as ``client`` receives it."""
+    seed = derive_seed(task.seed, task.round, client)
+    return replace(task, client=client, tensors=server.addressed(task.tensors, client), seed=seed)
 
 
 def combine(server: ServerHalf, updates: Iterable[Update], message: Tensors) -> Update:

@@ -25,7 +25,7 @@ from flocktune.interfaces import Memory, ServerHalf, State, Transform
 from flocktune.privacy.accounting import Budget, calibrate
 from flocktune.privacy.gaussian import GaussianMechanism, sums_of
 from flocktune.privacy.noise import derive_key
-from flocktune.tensors import digest
+from flocktune.tensors import digest, group, prefixed, without
 from flocktune.types import ClientTask, Tensors, Update
 
 NAME = "privacy"
@@ -131,16 +131,16 @@ def noised(half: ServerHalf, privacy: ClientPrivacy, secret: bytes | None) -> Se
         return {**half.init(tensors), **own}
 
     def message(state: State, round: int) -> Tensors:
-        return {**half.message(_others(state), round), CLIP_NORM: state[CLIP_NORM]}
+        return {**half.message(without(state, NAME), round), CLIP_NORM: state[CLIP_NORM]}
 
     def returned(received: Tensors) -> Tensors:
         # Its value is what the server's side of the clipping enforces.
         within = {WITHIN: received[CLIP_NORM]} if adaptive else {}
-        return {**half.returned(_others(received)), **within}
+        return {**half.returned(without(received, NAME)), **within}
 
     def prepare(state: State, round: int) -> tuple[State, Mapping[str, Any]]:
-        prepared, told = half.prepare(_others(state), round)
-        return {**prepared, **_own(state)}, told
+        prepared, told = half.prepare(without(state, NAME), round)
+        return {**prepared, **prefixed(NAME, group(state, NAME))}, told
 
     def step(state: State, update: Update) -> State:
         if secret is None:
@@ -153,7 +153,7 @@ def noised(half: ServerHalf, privacy: ClientPrivacy, secret: bytes | None) -> Se
             share = float(for_within.noised({WITHIN: sums.pop(WITHIN)}, key)[WITHIN].clamp(-0.5, 0.5)) + 0.5
             clip_norm = _next_norm(clip_norm, share, adaptive)
         mechanism = privacy.for_updates.with_clip_norm(float(state[CLIP_NORM]))
-        stepped = half.step(_others(state), replace(update, delta=mechanism.noised(sums, key)))
+        stepped = half.step(without(state, NAME), replace(update, delta=mechanism.noised(sums, key)))
         return {**stepped, CLIP_NORM: clip_norm, rounds_name: torch.tensor(done + 1)}
 
     return replace(
@@ -164,7 +164,7 @@ def noised(half: ServerHalf, privacy: ClientPrivacy, secret: bytes | None) -> Se
         addressed=_Addressed(half),
         prepare=prepare,
         step=step,
-        result=lambda state: half.result(_others(state)),
+        result=lambda state: half.result(without(state, NAME)),
     )
 
 
@@ -179,7 +179,7 @@ class _Addressed:
 
     def __call__(self, message: Tensors, client: str) -> Tensors:
         if message is not self.message:
-            self.message, self.bare, self.made = message, _others(message), {}
+            self.message, self.bare, self.made = message, without(message, NAME), {}
         part = self.half.addressed(self.bare, client)
         return self.made.setdefault(id(part), (part, {**part, CLIP_NORM: message[CLIP_NORM]}))[1]
 
@@ -195,11 +195,3 @@ def _clip_norm(tensors: Tensors) -> float:
     if not (math.isfinite(value) and value > 0):
         raise FlocktuneError(f"{CLIP_NORM}: expected a positive number in the task, got {value}")
     return value
-
-
-def _own(state: Tensors) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name.startswith(f"{NAME}/")}
-
-
-def _others(state: Tensors) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith(f"{NAME}/")}

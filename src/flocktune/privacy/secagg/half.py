@@ -102,8 +102,7 @@ def _masked(
     rows = part(task.tensors, "shares", len(state.names), SEALED_BYTES)
     sealed = {name: as_bytes(row) for name, row in zip(state.names, rows, strict=True)}
     client.take_shares(state, present, sealed)  # before training: what is to be refused need not be trained for
-    others = {name: value for name, value in memory.items() if not name.startswith(f"{GROUP}/")}
-    update, after = half(replace(task, tensors=method_part(task.tensors)), others)
+    update, after = half(replace(task, tensors=method_part(task.tensors)), method_part(memory))
     _refuse_update(update)
     most = settings.max_weight or 1.0
     weight = min(update.weight, most)

@@ -25,7 +25,7 @@ import torch
 from flocktune.errors import FlocktuneError
 from flocktune.interfaces import Memory
 from flocktune.privacy.secagg.fixed_point import TOTALS
-from flocktune.tensors import prefixed
+from flocktune.tensors import prefixed, without
 from flocktune.types import ClientTask, Tensors
 from flocktune.wire import Variable
 
@@ -107,7 +107,7 @@ def message(**parts: bytes | torch.Tensor) -> dict[str, torch.Tensor]:
 
 def method_part(tensors: Tensors) -> Tensors:
     """All but a phase's own."""
-    return {name: value for name, value in tensors.items() if not name.startswith(f"{GROUP}/")}
+    return without(tensors, GROUP)
 
 
 def as_tensor(data: bytes) -> torch.Tensor:
