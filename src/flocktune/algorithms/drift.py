@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from flocktune.config.drift import Correction, FedDyn, Scaffold
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
-from flocktune.tensors import add_scaled, group, prefixed, subtract
+from flocktune.tensors import add_scaled, group, prefixed, subtract, without
 from flocktune.training import Adjust, Penalty, proximal_penalty
 from flocktune.types import ClientTask, Tensors, Update
 
@@ -97,7 +97,7 @@ def corrected_client(
 
 def methods_own(tensors: Tensors) -> dict[str, Tensor]:
     """A message, an update or a state without what a correction has put into it."""
-    return _without(_without(tensors, CONTROL), LINEAR)
+    return without(tensors, CONTROL, LINEAR)
 
 
 def diagnosed(
@@ -118,12 +118,12 @@ def _scaffold_server(half: ServerHalf, weight_of_all: float) -> ServerHalf:
         return {**half.message(methods_own(state), round), **prefixed(CONTROL, group(state, CONTROL))}
 
     def returned(received: Tensors) -> Tensors:
-        return {**half.returned(_without(received, CONTROL)), **prefixed(CONTROL, group(received, CONTROL))}
+        return {**half.returned(without(received, CONTROL)), **prefixed(CONTROL, group(received, CONTROL))}
 
     def step(state: State, update: Update) -> State:
         share = update.weight / weight_of_all
         control = add_scaled(group(state, CONTROL), group(update.delta, CONTROL), share)
-        own = half.step(methods_own(state), replace(update, delta=_without(update.delta, CONTROL)))
+        own = half.step(methods_own(state), replace(update, delta=without(update.delta, CONTROL)))
         return {**own, **prefixed(CONTROL, control)}
 
     return _around(half, CONTROL, init=init, message=message, returned=returned, step=step)
@@ -131,12 +131,12 @@ def _scaffold_server(half: ServerHalf, weight_of_all: float) -> ServerHalf:
 
 def _scaffold_client(make: Make, trained: Trained, bound: float) -> ClientHalf:
     def train(task: ClientTask, memory: Memory) -> tuple[Update, Memory]:
-        received = _without(task.tensors, CONTROL)
+        received = without(task.tensors, CONTROL)
         everyones = group(task.tensors, CONTROL)
         mine = group(memory, CONTROL) or _zeros(trained(received))
         gradients = _Gradients(subtract(everyones, mine))
         half = make(None, gradients.adjust)
-        update, kept = half(replace(task, tensors=received), _without(memory, CONTROL))
+        update, kept = half(replace(task, tensors=received), without(memory, CONTROL))
         change = _within(bound, subtract(gradients.mean(), mine))
         delta = {**update.delta, **prefixed(CONTROL, change)}
         return replace(update, delta=delta), {**kept, **prefixed(CONTROL, add_scaled(mine, change))}
@@ -194,7 +194,7 @@ def _feddyn_client(make: Make, alpha: float, trained: Trained, bound: float) -> 
         mine = group(memory, LINEAR) or _zeros(start)
         # - <g_k, w> + alpha / 2 ||w - w_t||^2 is, up to a constant, a proximal term around w_t + g_k / alpha.
         half = make(proximal_penalty(add_scaled(start, mine, 1 / alpha), alpha), None)
-        update, kept = half(task, _without(memory, LINEAR))
+        update, kept = half(task, without(memory, LINEAR))
         return update, {**kept, **prefixed(LINEAR, add_scaled(mine, _within(bound, update.delta), -alpha))}
 
     return train
@@ -230,10 +230,6 @@ def _around(
 
 def _within(bound: float, tensors: Tensors) -> dict[str, Tensor]:
     return {name: value.clamp(-bound, bound) for name, value in tensors.items()}
-
-
-def _without(tensors: Tensors, name: str) -> dict[str, Tensor]:
-    return {key: value for key, value in tensors.items() if not key.startswith(name + "/")}
 
 
 def _zeros(tensors: Tensors) -> dict[str, Tensor]:
