@@ -1,0 +1,189 @@
+"""What a training step holds in memory, from shapes alone: it is run on the meta device, and what is alive is counted.
+
+No weights are read and nothing is computed, so this needs no memory and works for any causal language model. It
+follows the code: what autograd saves, logits, passing values of either pass, layers that are computed again. What a
+kernel takes for itself while it runs is not seen.
+
+The same recipe and data give the same numbers on every machine: the memory that happens to be free is not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flocktune.config.schema import LocalConfig, LoraConfig, ModelConfig
+from flocktune.data.batching import Batch, Batching, Indices
+from flocktune.data.encoding import Encoded
+from flocktune.models.load import load_skeleton
+from flocktune.models.lora import Adapter, attach
+from flocktune.models.recompute import checkpoint_layers
+from flocktune.training import Loss, next_token_loss, training_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """``rows`` of ``length`` tokens each, padding included, of which ``labels`` positions in all have a target."""
+
+    rows: int
+    length: int
+    labels: int
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that training holds beside the base's weights, as a line through measured points: an upper figure.
+
+    For each token of a batch, padding included, for each label position, and for a client's own factors with their
+    gradients and the optimiser's state.
+    """
+
+    token_bytes: int
+    label_bytes: int
+    trained_bytes: int
+
+    def client(self, batch: BatchShape) -> int:
+        """What one client adds to a stack of clients that train at once, with ``batch`` its largest."""
+        return self.token_bytes * batch.tokens + self.label_bytes * batch.labels + self.trained_bytes
+
+
+def clients_at_once(needs: Sequence[int], budget: int) -> int:
+    """How many of the next clients train at once: as many from the first on as fit into ``budget`` bytes, at least one.
+
+    ``needs``: bytes of each client, in task order. Whether one more fits depends on nothing else.
+    """
+    held = np.cumsum(np.asarray(needs, np.int64))
+    return max(1, int(np.searchsorted(held, budget, side="right"))) if len(held) else 0
+
+
+def largest_batch(rows: Encoded, mine: Indices, batch_size: int, batching: Batching) -> BatchShape:
+    """What no micro-batch of a client's rows is larger than. Packed rows are one row of all their tokens."""
+    size = min(batch_size, len(mine))
+    targets = int(np.sort(rows.targets[mine])[::-1][:size].sum())
+    if batching == "packed":
+        return BatchShape(1, int(np.sort(rows.lengths[mine])[::-1][:size].sum()), targets)
+    longest = int(np.diff(rows.offsets)[rows.sequences(mine)].max(initial=0))
+    return BatchShape(size * (2 if rows.pairs else 1), longest, targets)
+
+
+def on_meta(model: ModelConfig, lora: LoraConfig, *, recompute: bool = False) -> Adapter:
+    """The base with its adapter on the meta device: shapes without values. Raises UserError."""
+    skeleton = load_skeleton(model)
+    if recompute:
+        checkpoint_layers(skeleton)
+    return attach(skeleton, lora, seed=0)
+
+
+def footprint(model: PreTrainedModel, local: LocalConfig, length: int, loss: Loss = next_token_loss) -> Footprint:
+    """Of ``model`` on the meta device with its adapter, for rows of at most ``length`` tokens.
+
+    Its parameters that want a gradient are those that are trained. Source of the points: one row, two rows, and one
+    row with labels everywhere, each a pass over shapes.
+    """
+    one, two, labelled = (
+        step_bytes(model, BatchShape(rows, length, labels), loss) for rows, labels in ((1, 1), (2, 1), (1, 1 + length))
+    )
+    token, label = (math.ceil((more - one) / length) for more in (two, labelled))
+    return Footprint(token, label, trained_bytes(model, local))
+
+
+def trained_bytes(model: PreTrainedModel, local: LocalConfig) -> int:
+    """Of trained parameters, their gradients and the optimiser's state, all float32: AdamW keeps two moments."""
+    count = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    states = 2 if local.optimizer == "adamw" else int(local.momentum > 0)
+    return 4 * (2 + states) * count
+
+
+def step_bytes(model: PreTrainedModel, shape: BatchShape, loss: Loss = next_token_loss) -> int:
+    """The most bytes alive at once in a forward and backward pass of ``model``, counted without its weights.
+
+    Gradients of trained parameters count, the optimiser's state does not. A model that is on a real device is really
+    run there. Every ``.grad`` is None afterwards.
+    """
+    trained = [value for value in model.parameters() if value.requires_grad]
+    alive = _Alive([*model.parameters(), *model.buffers()])
+    with training_mode(model, trained), _without_scores(), alive:
+        torch.autograd.backward(loss(model, _zeros(shape, trained[0].device)))
+    for value in trained:
+        value.grad = None
+    return alive.most
+
+
+def _zeros(shape: BatchShape, device: torch.device) -> Batch:
+    ids, places = (
+        torch.zeros(size, dtype=torch.long, device=device) for size in ((shape.rows, shape.length), (shape.labels,))
+    )
+    lengths, labels = (np.full(shape.rows, count) for count in (shape.length, shape.labels // shape.rows))
+    return Batch(ids, None, places, places, np.arange(shape.rows), lengths, labels)
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of all storages that operations make, each until nobody holds it, but for those of ``own``."""
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.own = {value.untyped_storage()._cdata for value in own}
+        self.held: dict[int, weakref.ref[Any]] = {}
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # there are no values; what models ask of them is whether rows are not packed
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        self.most = max(self.most, self.bytes)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        at, size = storage._cdata, storage.nbytes()
+        if at in self.own or at in self.held:
+            return
+
+        def gone(_: Any) -> None:
+            self.bytes -= size
+            del self.held[at]
+
+        self.held[at] = weakref.ref(storage, gone)
+        self.bytes += size
+
+
+@contextmanager
+def _without_scores() -> Iterator[None]:
+    """Inside, attention keeps what it does on a device, where its scores are never whole: the meta device makes them.
+
+    Put in the function's place, not by a mode: no mode is on in layers that the backward pass computes again.
+    """
+    own: Any = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if attn_mask is not None or not query.is_meta:
+            return own(query, key, value, attn_mask, **options)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, 0.0, options.get("is_causal", False), scale=options.get("scale"))[0]
+
+    setattr(F, own.__name__, attention)
+    try:
+        yield
+    finally:
+        setattr(F, own.__name__, own)
