@@ -2,6 +2,7 @@
 # make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
 # make study   the tables of the papers in small: recipes/study_*.yaml, over three seeds; goes on where it was stopped
 # make test    all tests
+# make bench   every benchmark, its goal and its floor; all of it in runs/benchmarks.json too. For a quiet machine
 # make test-federation   a real federation through faults of every kind, half an hour: as root, on Linux, with nginx
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -43,7 +44,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json runs/benchmarks.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -8,11 +8,17 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.paired import Options, Result
 
 NAMES = (
     "overhead",
+    "lora_step",
     "alternative",
     "server_memory",
     "client_cost",
@@ -22,10 +28,14 @@ NAMES = (
     "cross_device",
     "secure_aggregation",
 )
+"""A module each, with ``run(options)``: a result, or several by name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the environment and one table a benchmark. Returns 0: a goal that is missed is told, not an error."""
+    """Print the environment, a table a benchmark, and at the end all goals beside what was measured.
+
+    Returns 1 when a benchmark failed, which ends none of the others. A goal that is missed is told, not an error.
+    """
     parser = _parser()
     given = parser.parse_args(arguments)
     unknown = [name for name in given.names if name not in NAMES]
@@ -35,21 +45,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(given.threads)
     import torch
 
-    from benchmarks.paired import Options, environment, environment_line, say
+    from benchmarks.paired import Options, environment, environment_line, say, table
 
     torch.set_num_threads(given.threads)
     options = Options(given.model, given.data, given.threads, given.quick)
     found = environment(options)
     print(environment_line(found), end="\n\n", flush=True)
-    results = {}
+    results: dict[str, Result] = {}
+    failed: dict[str, str] = {}
     for name in given.names or NAMES:
         say(name)
-        results[name] = importlib.import_module(f"benchmarks.{name}").run(options)
-        print(results[name].markdown(), end="\n\n", flush=True)
+        try:
+            new = _run(name, options)
+        except Exception as error:  # whatever it is, the others are still to be run
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        for result in new.values():
+            print(result.markdown(), end="\n\n", flush=True)
+        results |= new
+    print("\n".join(["### Goals", "", *table(("", "goal", "measured", ""), _summary(results, failed))]), flush=True)
     if given.json:
-        tables = {name: dataclasses.asdict(result) for name, result in results.items()}
-        given.json.write_text(json.dumps({"environment": found, "results": tables}, indent=2) + "\n", encoding="utf-8")
-    return 0
+        tables = {name: {**dataclasses.asdict(result), "verdict": result.verdict} for name, result in results.items()}
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        page = json.dumps({"environment": found, "results": tables, "failed": failed}, indent=2)
+        given.json.write_text(page + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def _run(name: str, options: Options) -> dict[str, Result]:
+    found = importlib.import_module(f"benchmarks.{name}").run(options)
+    return {f"{name}: {part}": each for part, each in found.items()} if isinstance(found, Mapping) else {name: found}
+
+
+def _summary(results: Mapping[str, Result], failed: Mapping[str, str]) -> list[tuple[str, ...]]:
+    told = ((name, each.goal, each.measured, each.verdict) for name, each in results.items())
+    return [*told, *((name, "", "", f"FAILED: {error}") for name, error in failed.items())]
 
 
 def _parser() -> argparse.ArgumentParser:

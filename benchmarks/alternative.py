@@ -130,7 +130,7 @@ def _work(options: Options, folder: str) -> Work:
 
 
 def _federations(options: Options, work: Work, own: Adapter, start: Tensors) -> dict[str, Federation]:
-    usual = peft_network(load_model(ModelConfig(options.model), CPU), work, start)
+    usual = peft_network(load_model(ModelConfig(options.model), CPU), work.lora, start)
     in_bfloat16 = attach(load_model(ModelConfig(options.model, dtype="bfloat16"), CPU), work.lora, seed=0)
     found = {
         name: _plain(work, own_network(own) if switches.own_lora else usual, switches, start)

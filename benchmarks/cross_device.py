@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def run(options: Options) -> Result:
             f"{ROWS_EACH} rows a client, one step of 4 rows a round. {many:,} clients need {growth:.2f} times the"
             f" memory of {few}, and a round takes {slower} times as long.",
         ),
+        measured=f"{growth:.2f}",
+        floor=f"what {few} clients need, {found[0]['peak_bytes'] / MEGABYTE:.0f} MB: {100 / growth:.0f} % reached",
         values={"growth": growth, "cases": [{**asdict(case), **seen} for case, seen in zip(cases, found, strict=True)]},
     )
 
@@ -122,7 +124,7 @@ class _Watch:
     def __init__(self) -> None:
         self.seen: list[tuple[str, float]] = []
 
-    def on_event(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: Mapping[str, Any]) -> None:
         self.seen.append((event["event"], event["time"]))
 
     def on_client(self, done: int, total: int, client: str) -> None:

@@ -58,7 +58,8 @@ class Case:
 def run(options: Options) -> Result:
     """Both methods on both sides. Raises RuntimeError when results differ or a command fails."""
     case = Case(2, 2, 1, 8) if options.quick else Case(4, 6, 5, 128)
-    rows, notes, values = [], [], {}
+    rows, notes = [], []
+    values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="fb-") as place:
         folder = Path(place)
         flocktune(folder, "split", options.data, "--to", "data", "--by", "iid", "--clients", str(case.clients))
@@ -82,6 +83,8 @@ def run(options: Options) -> Result:
         rows=rows,
         notes=notes,
         values=values,
+        measured=f"{ratio:.4f}",
+        floor=f"of bytes, the adapters themselves: {100 / ratio:.1f} % of what travels is they",
     )
 
 

@@ -98,9 +98,8 @@ def own_network(adapter: Adapter) -> Network:
     return Network(adapter.model, list(adapter.parameters.values()), adapter.tensors, adapter.load)
 
 
-def peft_network(base: nn.Module, work: Work, start: Tensors) -> Network:
+def peft_network(base: nn.Module, lora: LoraConfig, start: Tensors) -> Network:
     """PEFT's LoRA on the modules that ``start`` has factors for."""
-    lora = work.lora
     alpha: Any = lora.alpha  # PEFT says int, and takes any number
     settings = PeftLoraConfig(
         r=lora.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(pairs(start)), task_type="CAUSAL_LM"

@@ -38,7 +38,7 @@ from flocktune.report.events import LOG_NAME, read_events
 from flocktune.seeds import derive_seed
 from flocktune.types import Tensors
 
-GOAL = 1.05
+GOAL = 1.03
 TOLERANCE = 1e-5
 """Of the final adapters: the largest difference over the largest value. It is 0 on the machines we know."""
 
@@ -215,4 +215,6 @@ def _result(
             f" Final adapters differ by {difference:.0e} of the largest value.",
         ),
         values={"seconds": seconds, "ratio": times.median, "phases": phases, "difference": difference},
+        measured=str(times),
+        floor=f"the bare loop, which does nothing but the steps: {100 / times.median:.0f} % of a run is they",
     )

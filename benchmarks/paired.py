@@ -51,7 +51,9 @@ class Spread:
 class Result:
     """A table and what it is to show.
 
-    ``met``: whether the goal is; None in the quick form. ``notes``: what was run. ``values``: all of it, for machines.
+    ``met``: whether the goal is; None when that is not judged: in the quick form, or without a goal. ``notes``: what
+    was run. ``values``: all of it, for machines. ``measured``: the number that is held against the goal, in words.
+    ``floor``: the least that is possible, and what of it is reached. ``not_run``: why nothing was measured.
     """
 
     title: str
@@ -61,13 +63,27 @@ class Result:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
+    measured: str = ""
+    floor: str = ""
+    not_run: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the goal is met, in words."""
+        if self.not_run:
+            return f"not run: {self.not_run}"
+        return {True: "met", False: "MISSED", None: "not judged"}[self.met]
 
     def markdown(self) -> str:
         """Ready to be pasted into a page."""
-        aligned = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [_row(self.header), _row(aligned), *(_row(row) for row in self.rows)]
-        verdict = {True: "met", False: "MISSED", None: "not judged by the quick form"}[self.met]
-        return "\n".join([f"### {self.title}", "", *lines, "", *self.notes, f"Goal, {self.goal}: {verdict}."])
+        floor = [f"Floor: {self.floor}."] if self.floor else []
+        told = [*self.notes, *floor, f"Goal, {self.goal}: {self.verdict}."]
+        return "\n".join([f"### {self.title}", "", *table(self.header, self.rows), "", *told])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; numbers to the right."""
+    return [_row(header), _row(["---", *["---:"] * (len(header) - 1)]), *(_row(row) for row in rows)]
 
 
 def interleaved(

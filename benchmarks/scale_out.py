@@ -65,7 +65,7 @@ def run(options: Options) -> Result:
             digests[name] = digest(one_round(fed, engines[name]))
             return time.perf_counter() - began
 
-        measures = {name: lambda turn, name=name: measured(name) for name in engines}  # type: ignore[misc]
+        measures = {name: lambda turn, name=name: measured(name) for name in engines}
         seconds = interleaved(measures, 2 if options.quick else 5)
     if digests[HERE] != digests[RAY]:
         raise RuntimeError("the two sides did not do the same work: their states differ")
@@ -85,6 +85,8 @@ def run(options: Options) -> Result:
             f" first round took {start_s:.1f} s, once. The final states are the same bits.",
         ),
         values={"seconds": seconds, "ratio": times.median, "start_seconds": start_s, "digest": digests[RAY]},
+        measured=str(times),
+        floor=f"{WORKERS} workers are at most {WORKERS} times as fast: {100 * times.median / WORKERS:.0f} % of that",
     )
 
 

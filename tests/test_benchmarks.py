@@ -48,12 +48,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def measured(world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(name: str) -> tuple[dict[str, Any], str]:
+    def run(*names: str, fails: str = "") -> tuple[dict[str, Any], str]:
         model, data = world
         place = tmp_path / "results.json"
         main = importlib.import_module("benchmarks.__main__").main
-        assert main([name, "--quick", "--model", str(model), "--data", str(data), "--json", str(place)]) == 0
-        return json.loads(place.read_text(encoding="utf-8"))["results"][name], capsys.readouterr().out
+        code = main([*names, "--quick", "--model", str(model), "--data", str(data), "--json", str(place)])
+        found = json.loads(place.read_text(encoding="utf-8"))
+        assert code == (1 if fails else 0)
+        assert fails in found["failed"].get(names[0], "")
+        return found["results"].get(names[0], found["results"]), capsys.readouterr().out
 
     return run
 
@@ -70,8 +73,7 @@ def test_overhead_compares_the_same_work(measured: Any) -> None:
 def test_overhead_refuses_other_work(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     overhead = importlib.import_module("benchmarks.overhead")
     monkeypatch.setattr(overhead, "bare_loop", lambda fed, plan: fed.start)
-    with pytest.raises(RuntimeError, match="same work"):
-        measured("overhead")
+    measured("overhead", fails="same work")
 
 
 def test_every_variant_trains_alike(measured: Any) -> None:
@@ -81,7 +83,7 @@ def test_every_variant_trains_alike(measured: Any) -> None:
     assert shuffled == pytest.approx([shuffled[0]] * 4, abs=1e-4)
     assert grouped == pytest.approx([grouped[0]] * 3, abs=1e-4)
     assert losses["start"] - max(shuffled + grouped) > 1e-2  # so that equal does not mean untrained
-    assert page.count("\n| ") == len(result["rows"]) + 2
+    assert page.count("\n| ") == len(result["rows"]) + 2 + 3  # and the summary
     assert len(result["rows"]) == 8
 
 
@@ -114,8 +116,7 @@ def test_a_clients_cost_is_not_compared_with_other_work(measured: Any, monkeypat
     cost = importlib.import_module("benchmarks.client_cost")
     real = cost.bare_loop
     monkeypatch.setattr(cost, "bare_loop", lambda *call: {name: 1.1 * value for name, value in real(*call).items()})
-    with pytest.raises(RuntimeError, match="same work"):
-        measured("client_cost")
+    measured("client_cost", fails="same work")
 
 
 def test_secure_aggregation_gives_the_same_mean_as_what_it_is_compared_with(measured: Any) -> None:
@@ -128,11 +129,40 @@ def test_secure_aggregation_gives_the_same_mean_as_what_it_is_compared_with(meas
     assert "QUICK" in page
 
 
+def test_a_step_of_lora_is_peft_s_own(measured: Any) -> None:
+    result, page = measured("lora_step")
+    cases = result["values"]
+    assert list(cases) == ["model, 1 x T", "model, 4 x T", "random, 2 x 32, 2 x 16"]
+    for each in cases.values():
+        assert each["difference"] <= 1e-5
+        assert each["flops"]["ours"] > each["flops"]["floor"]
+        assert each["profiles"]["ours"]["operations"] > each["profiles"]["floor"]["operations"] > 0
+        assert list(each["seconds"]) == ["PEFT", "ours", "floor", "full training"]
+    assert "Floor: " in page
+
+
+def test_a_step_of_lora_is_not_compared_with_other_numbers(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = importlib.import_module("flocktune.models.lora")
+    monkeypatch.setattr(lora, "scale", lambda settings: 1.01 * settings.alpha / settings.rank)
+    measured("lora_step", fails="not the same numbers")
+
+
+def test_a_benchmark_that_fails_ends_no_other(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = importlib.import_module("benchmarks.alternative")
+    monkeypatch.setattr(broken, "run", lambda options: 1 / 0)
+    results, page = measured("alternative", "secure_aggregation", fails="ZeroDivisionError")
+    assert list(results) == ["secure_aggregation"]
+    summary = page.partition("### Goals")[2].splitlines()
+    assert summary[4].startswith("| secure_aggregation | the same mean within ")
+    assert summary[4].endswith("| not judged |")
+    assert summary[5] == "| alternative |  |  | FAILED: ZeroDivisionError: division by zero |"
+
+
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])
-    assert "overhead, alternative, server_memory, client_cost" in capsys.readouterr().err
+    assert "overhead, lora_step, alternative, server_memory, client_cost" in capsys.readouterr().err
 
 
 def test_turns_alternate_and_the_first_is_left_out() -> None:
@@ -173,8 +203,7 @@ def test_names_go_to_peft_and_back() -> None:
     ladder = importlib.import_module("benchmarks.ladder")
     lora = LoraConfig(rank=2)
     start = attach(tiny_model("llama"), lora, seed=3).tensors()
-    work = ladder.Work([], None, {}, np.arange(0), None, 0, None, lora, 0, "")
-    network = ladder.peft_network(tiny_model("llama"), work, start)
+    network = ladder.peft_network(tiny_model("llama"), lora, start)
     network.write(ladder.peft_names(start))
     back = ladder.own_names(network.read())
     assert back.keys() == start.keys()
