@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from flocktune.errors import Problem, UpdateRefused, UserError
-from flocktune.files import exclusive, read_json, sha256_path, write_atomic
+from flocktune.files import exclusive, map_file, read_json, sha256_path, write_atomic
 from flocktune.seeds import derive_seed
 from flocktune.tensors import add_scaled, digest, group, mismatches, norm, prefixed, subtract
 from flocktune.types import ClientTask, Mean, Update, merge_metrics
@@ -30,6 +31,8 @@ from flocktune.wire import (
 )
 
 TENSORS = {"layer.0.lora_A": torch.randn(3, 5), "layer.0.lora_B": torch.randn(4, 3), "scalar": torch.tensor(2.0)}
+DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32,
+          torch.float64, torch.int64]  # fmt: skip
 
 
 def test_merged_means_give_the_mean_of_all() -> None:
@@ -167,6 +170,32 @@ def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
 def test_the_size_of_a_message_is_known_without_building_it(shapes: dict[str, list[int]]) -> None:
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items() if name.isprintable()}
     assert encoded_size(tensors) == len(encode_tensors(tensors))
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text("abä", min_size=1, max_size=4), st.tuples(st.sampled_from(DTYPES),
+                       st.lists(st.integers(0, 4), max_size=3)), max_size=8))  # fmt: skip
+def test_a_message_is_the_file_that_safetensors_itself_writes(said: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    tensors = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in said.items()}
+    whole = save(tensors, metadata={"format": "flocktune/1"})
+    assert encode_tensors(tensors) == whole
+    assert digest(decode_tensors(whole)) == digest(tensors)
+
+
+def test_tensors_that_do_not_lie_in_one_piece_are_encoded_as_they_read() -> None:
+    wide = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(decode_tensors(encode_tensors({"x": wide.T, "y": wide[:, 1]}))["x"], wide.T)
+
+
+def test_what_is_decoded_is_the_messages_own_memory(tmp_path: Path) -> None:
+    whole = bytearray(encode_tensors({"x": torch.ones(4)}))
+    view = decode_tensors(memoryview(whole))["x"]
+    whole[-4:] = bytes(4)
+    assert view.tolist() == [1.0, 1.0, 1.0, 0.0]
+    (tmp_path / "update").write_bytes(whole)
+    mapped = map_file(tmp_path / "update")
+    (tmp_path / "update").unlink()
+    assert decode_tensors(mapped)["x"].tolist() == view.tolist()
 
 
 @pytest.mark.parametrize(

@@ -395,7 +395,7 @@ def test_tensors_that_do_not_fit_are_refused_by_their_header_alone(
     blob = make(scene)
     read: list[int] = []
     real = torch.frombuffer
-    monkeypatch.setattr("flocktune.wire.load", lambda blob: read.append(len(blob)))
+    monkeypatch.setattr("flocktune.wire._views", lambda blob, *rest: read.append(len(blob)))
     monkeypatch.setattr(torch, "frombuffer", lambda *given, **more: read.append(1) or real(*given, **more))
     assert expected in refused(bob, replace(scene.task(), blob=blob))
     assert read == [], "no memory is taken for values"

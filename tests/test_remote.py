@@ -677,6 +677,15 @@ def with_header(header: object, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def placed(a: list[Any], m: list[Any], w: list[Any], *, body: int = 32, blanks: int = 0) -> bytes:
+    """START's names, where the header says that they lie in a body of so many bytes."""
+    header = header_of(BLOB)
+    for name, place in {"a": a, "m": m, "w": w}.items():
+        header[name]["data_offsets"] = place
+    text = json.dumps(header).encode()
+    return with_header(text + b" " * (-len(text) % 8 + blanks), bytes(body))
+
+
 def test_what_is_expected_is_let_through_in_its_own_order() -> None:
     assert digest(decode_tensors(BLOB, START)) == digest(START)
     assert list(decode_tensors(BLOB, START)) == list(START) != list(header_of(BLOB))[1:]
@@ -714,6 +723,13 @@ def test_every_dtype_that_travels_is_known_in_a_header(dtype: torch.dtype) -> No
         (with_header({**header_of(BLOB), "w": None}), "do not decode"),
         (with_header({**header_of(BLOB), "w": {"dtype": "F32"}}), "do not decode"),
         (with_header({**header_of(BLOB), "w": {"dtype": [1], "shape": {}}}), "w: expected"),
+        (placed([0, 16], [12, 16], [20, 32]), "bytes 12 to 16"),
+        (placed([0, 16], [20, 24], [24, 36], body=36), "bytes 20 to 24"),
+        (placed([0, 16], [16, 20], [20, 28]), "bytes 20 to 28"),
+        (placed([0, 16], [16, 20], [20, 32], body=28), "bytes 20 to 32 of 28"),
+        (placed([0, 16], [16, 20], [20, 32], body=36), "4 bytes too many"),
+        (placed([0, 16], [16, 20], [20.0, 32.0]), "do not decode"),
+        (placed([0, 16], [16, 20], [20, 32], blanks=1), "torch.float32 at byte"),
     ],
 )
 def test_bytes_that_are_not_the_expected_tensors_are_refused(blob: bytes, why: str) -> None:
@@ -722,7 +738,7 @@ def test_bytes_that_are_not_the_expected_tensors_are_refused(blob: bytes, why: s
 
 
 def test_a_header_is_judged_before_its_tensors_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "load", lambda blob: pytest.fail("memory was taken for the values"))
+    monkeypatch.setattr(wire, "_views", lambda *call: pytest.fail("something was made of the values"))
     large = {"w": torch.zeros(1 << 22)}
     for blob in (encode_tensors({"v": large["w"]}), claiming(BLOB, 10**12), encode_tensors(large)):
         with pytest.raises(UpdateRefused):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ from typing import Any
 from flocktune.errors import Problem, UserError
 
 
-def write_atomic(path: Path, data: bytes | str, mode: int = 0o666) -> None:
-    """Write ``data`` so that ``path`` holds the old or the new content, whatever happens.
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview], mode: int = 0o666) -> None:
+    """Write ``data``, whole or in pieces, so that ``path`` holds the old or the new content, whatever happens.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder. On failure (full disk)
     the temporary file is removed and the old content stands. Raises OSError.
     """
-    payload = data.encode() if isinstance(data, str) else data
+    text = data.encode() if isinstance(data, str) else data
+    pieces = [text] if isinstance(text, bytes) else text
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -59,6 +61,12 @@ def read_json(path: Path) -> Any:
         raise UserError(Problem(str(path), "a file", "nothing there")) from None
     except (ValueError, OSError) as error:
         raise UserError(Problem(str(path), "a JSON file", str(error))) from None
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes as memory that is the system's own copy of them. Writing to it never reaches the file."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def sha256_bytes(data: bytes) -> str:

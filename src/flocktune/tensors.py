@@ -55,10 +55,16 @@ def digest(tensors: Tensors) -> str:
     """Hex SHA-256 of names, dtypes, shapes and bytes; the order of names does not matter."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         sha.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(memory_of(value))
     return sha.hexdigest()
+
+
+def memory_of(value: Tensor) -> memoryview:
+    """The bytes of a tensor's values, row by row: its own memory, or a copy where it lies otherwise or elsewhere."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def mismatches(expected: Expected, got: Tensors) -> list[str]:

@@ -1,7 +1,8 @@
 """Tasks and updates as what travels: plain values for JSON, and their tensors as a safetensors blob, apart from them.
 
 Never pickle. Decoding checks what it reads; a message that is not ours raises UpdateRefused. Apart, the tensors of a
-round's task are the same bytes for every client, and are stored and compared once.
+round's task are the same bytes for every client, and are stored and compared once. Values are never copied one by one:
+encoding joins the tensors' own memory, decoding gives views of the message's. Fresh memory costs ten times reading.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import dataclasses
 import json
 import math
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from flocktune.errors import UpdateRefused
+from flocktune.tensors import memory_of
 from flocktune.types import AtMost, ClientTask, Expected, Mean, Tensors, Update
 
 FORMAT = "flocktune/1"
@@ -26,8 +28,14 @@ FORMAT = "flocktune/1"
 MOST_METRICS, LONGEST_METRIC_NAME = 64, 100
 """Of an update: how many metrics, and the characters of a name."""
 
+Blob: TypeAlias = bytes | memoryview | mmap
+"""Encoded tensors in memory, or a file of them mapped into it."""
+
 _DTYPES = {
+    torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
@@ -37,8 +45,12 @@ _DTYPES = {
 }
 """How a header calls them, in safetensors' own order: a file has the last of them first."""
 
-_NOT_OURS = (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+_NAMED = {name: dtype for dtype, name in _DTYPES.items()}
+
+_NOT_OURS = (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
 """What reading a stranger's bytes raises."""
+
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # nobody writes to what was received
 
 
 def task_fields(task: ClientTask) -> dict[str, Any]:
@@ -85,15 +97,21 @@ def _metrics(said: Mapping[str, Any]) -> dict[str, Mean]:
 
 def encode_tensors(tensors: Tensors) -> bytes:
     """Tensors alone."""
-    return save({name: value.contiguous() for name, value in tensors.items()}, metadata={"format": FORMAT})
+    return b"".join(encoded_pieces(tensors))
+
+
+def encoded_pieces(tensors: Tensors) -> list[bytes | memoryview]:
+    """What :func:`encode_tensors` joins: the header, then each tensor's own memory where it lies in one piece."""
+    header, order, _ = _layout(tensors)
+    return [header, *(memory_of(tensors[name]) for name in order)]
 
 
 def decode_tensors(
-    blob: bytes, expected: Expected | None = None, more: Mapping[str, Variable] | None = None
-) -> Tensors:
-    """The tensors that :func:`encode_tensors` was given.
+    blob: Blob, expected: Expected | None = None, more: Mapping[str, Variable] | None = None
+) -> dict[str, Tensor]:
+    """The tensors that :func:`encode_tensors` was given, as views of ``blob``: they keep it alive, and are only read.
 
-    With ``expected``, names, shapes, dtypes and size are checked in the header, before memory is taken for the values,
+    With ``expected``, names, shapes, dtypes and size are checked in the header, before anything is made of the values,
     and they come in its order, not the file's: sums over tensors round by their order. ``more``: tensors that may
     be there or not, by name; they come last. Raises UpdateRefused.
     """
@@ -102,18 +120,37 @@ def decode_tensors(
         more = {name: variable for name, variable in (more or {}).items() if name not in (expected or {})}
         if expected is not None and length > _longest_header(expected) + 300 * len(more):
             raise ValueError(f"a header of {length} bytes")
-        header = json.loads(blob[8 : 8 + length])
+        header = json.loads(bytes(blob[8 : 8 + length]))
         metadata = header.pop("__metadata__")
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')}")
-        if expected is None:
-            return load(blob)
-        there = [name for name, variable in more.items() if name in header and _fits(header[name], variable)]
-        _refuse_header({name: entry for name, entry in header.items() if name not in there}, expected)
-        tensors = load(blob)
-        return {name: tensors[name] for name in (*expected, *there)}
-    except (*_NOT_OURS, AttributeError) as error:
+        order = list(header)
+        if expected is not None:
+            there = [name for name, variable in more.items() if name in header and _fits(header[name], variable)]
+            _refuse_header({name: entry for name, entry in header.items() if name not in there}, expected)
+            order = [*expected, *there]
+        values = _views(blob, 8 + length, header)
+        return {name: values[name] for name in order}
+    except _NOT_OURS as error:
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
+
+
+def _views(blob: Blob, start: int, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The header's tensors in ``blob`` from byte ``start`` on. Raises ValueError unless they fill it without a gap."""
+    body = torch.frombuffer(blob, dtype=torch.uint8)[start:]
+    found, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (first, last) = _NAMED[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"a shape {str(shape)[:60]}")
+        if first != end or last - first != math.prod(shape) * dtype.itemsize or last > len(body):
+            raise ValueError(f"bytes {first} to {last} of {len(body)}")
+        if (start + first) % dtype.itemsize:
+            raise ValueError(f"{dtype} at byte {start + first}")
+        found[name], end = body[first:last].view(dtype).view(shape), last
+    if end != len(body):
+        raise ValueError(f"{len(body) - end} bytes too many")
+    return found
 
 
 Variable: TypeAlias = tuple[str, Sequence[int | None]]
@@ -146,11 +183,11 @@ def _fits(entry: Mapping[str, Any], variable: Variable) -> bool:
 
 def _longest_header(expected: Expected) -> int:
     """Bytes that a header for ``expected`` may have. A longer one is not parsed: that takes many times its size."""
-    return 2 * _layout(expected)[0] + 65_536
+    return 2 * len(_layout(expected)[0]) + 65_536
 
 
 def _refuse_header(header: Mapping[str, Any], expected: Expected) -> None:
-    """Raise UpdateRefused unless the header's entries are those of ``expected``; safetensors checks sizes by itself."""
+    """Raise UpdateRefused unless the header's entries are those of ``expected``; where they lie is checked later."""
     problems = [f"{name}: missing" for name in expected.keys() - header.keys()]
     problems += [f"{name[:200]}: not expected" for name in header.keys() - expected.keys()]
     for name in expected.keys() & header.keys():
@@ -178,28 +215,31 @@ def encoded_size(tensors: Expected) -> int:
 
     The JSON fields of a message (some hundred bytes) are not in it.
     """
-    return sum(_layout(tensors))
+    header, _, body = _layout(tensors)
+    return len(header) + body
 
 
-def _layout(tensors: Expected) -> tuple[int, int]:
-    """Bytes of safetensors' header, with what precedes it, and of the body."""
+def _layout(tensors: Expected) -> tuple[bytes, list[str], int]:
+    """As safetensors lays a file out: the header with what precedes it, names in the body's order, the body's bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
     offset, described = 0, {name: _described(value) for name, value in tensors.items()}
-    # safetensors' own order, then by name; it decides how many digits the offsets have.
+    # safetensors' own order, then by name; it keeps every value at a multiple of its size.
     rank = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
-    for name in sorted(described, key=lambda name: (-rank.get(described[name][0], 0), name)):
+    order = sorted(described, key=lambda name: (-rank[described[name][0]], name))
+    for name in order:
         dtype, shape, size = described[name]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + (text + 7) // 8 * 8, offset
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order, offset
 
 
 def _described(value: Tensor | AtMost) -> tuple[str, list[int], int]:
     """As a header has it, at most: dtype, shape, bytes."""
     if isinstance(value, AtMost):
         return _DTYPES[torch.uint8], [value.count], value.count
-    return _DTYPES.get(value.dtype, str(value.dtype)), list(value.shape), value.numel() * value.element_size()
+    return _DTYPES[value.dtype], list(value.shape), value.numel() * value.element_size()
 
 
 def _build(message: type, fields: Mapping[str, Any], **more: Any) -> Any:

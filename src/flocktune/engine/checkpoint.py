@@ -9,19 +9,21 @@ the one before is used, saying so.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from flocktune.errors import FlocktuneError, UserError
 from flocktune.files import read_json, sha256_bytes, write_atomic, write_json
 from flocktune.interfaces import Memory, State
 from flocktune.tensors import group, prefixed
 from flocktune.types import Tensors
+from flocktune.wire import encoded_pieces
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,11 +52,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
     for client, memory in checkpoint.memories.items():
         tensors |= prefixed(f"memory/{client}", memory)
     path = folder / f"round-{checkpoint.rounds_done:05d}.safetensors"
-    blob = save({name: value.contiguous() for name, value in tensors.items()})
-    write_atomic(path, blob)
+    digest, pieces = hashlib.sha256(), encoded_pieces(tensors)
+    for piece in pieces:
+        digest.update(piece)
+    write_atomic(path, pieces)
     manifest = {
         "rounds_done": checkpoint.rounds_done,
-        "sha256": sha256_bytes(blob),
+        "sha256": digest.hexdigest(),
         "clients_with_memory": sorted(checkpoint.memories),
         "identity": checkpoint.identity,
     }

@@ -62,5 +62,5 @@ def unpack(blob: bytes) -> tuple[dict[str, Any], Tensors]:
     """What :func:`pack` was given. Raises UpdateRefused."""
     end = 8 + struct.unpack_from("<Q", blob)[0]
     head = json.loads(blob[8:end])
-    tensors = decode_tensors(blob[end:])
+    tensors = decode_tensors(memoryview(blob)[end:])
     return head["fields"], {name: tensors[name] for name in head["names"]}

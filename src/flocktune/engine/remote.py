@@ -21,7 +21,7 @@ from flocktune.config.engines import FlowerEngine
 from flocktune.engine.client import check_update
 from flocktune.engine.parcels import EMULATOR, FAILURE, LACKING, READY, TASK, UPDATE, LinkDown, Lost, Parcel, shown
 from flocktune.errors import UpdateRefused
-from flocktune.files import sha256_bytes
+from flocktune.files import map_file, sha256_bytes
 from flocktune.interfaces import Issued, Memory
 from flocktune.types import ClientTask, Expected, Failure, Tensors, Update
 from flocktune.wire import build_update, decode_tensors, encode_tensors, encoded_size, task_fields
@@ -283,9 +283,9 @@ class _Exchange:
         path.write_bytes(reply.blob)
 
         def read() -> Update:
-            blob = path.read_bytes()
-            path.unlink()
-            return build_update(fields, decode_tensors(blob, expected))
+            mapped = map_file(path)
+            path.unlink()  # what is mapped stays
+            return build_update(fields, decode_tensors(mapped, expected))
 
         self.settled[client] = read
 
