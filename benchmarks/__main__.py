@@ -22,6 +22,7 @@ NAMES = (
     "alternative",
     "server_memory",
     "client_cost",
+    "gpu",
     "scale_out",
     "federation",
     "coordinator",

@@ -23,18 +23,14 @@ from transformers.utils import logging
 from benchmarks.ladder import (
     LADDER,
     TEMPLATE,
-    Network,
     Switches,
     Work,
     cached_row,
-    own_names,
-    own_network,
-    peft_names,
-    peft_network,
     plain_round,
     prompt_and_answer,
     usual_tokens,
 )
+from benchmarks.networks import Network, own_names, own_network, peft_names, peft_network
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.local import ClientData

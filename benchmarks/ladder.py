@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, N label positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,20 +17,17 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.networks import Network
 from flocktune.config.schema import LocalConfig, LoraConfig
 from flocktune.data.batching import Batch, training_batches
 from flocktune.data.encoding import Encoded
 from flocktune.data.examples import Example
 from flocktune.data.templates import SHORT, Template
-from flocktune.models.lora import Adapter, pairs
 from flocktune.seeds import derive_seed
 from flocktune.training import next_token_loss
-from flocktune.types import Tensors
 
 IGNORED = -100
 """The label of a token that is not trained."""
@@ -81,47 +78,6 @@ class Work:
             client: datasets.Dataset.from_list([prompt_and_answer(self.examples[row]) for row in rows])
             for client, rows in self.clients.items()
         }
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A resident model with an adapter, PEFT's or ours: its trained parameters, and its state read and written."""
-
-    model: Any
-    trained: Sequence[nn.Parameter]
-    read: Callable[[], Mapping[str, Tensor]]
-    write: Callable[[Mapping[str, Tensor]], object]
-
-
-def own_network(adapter: Adapter) -> Network:
-    """The model our adapter is attached to."""
-    return Network(adapter.model, list(adapter.parameters.values()), adapter.tensors, adapter.load)
-
-
-def peft_network(base: nn.Module, lora: LoraConfig, start: Tensors) -> Network:
-    """PEFT's LoRA on the modules that ``start`` has factors for."""
-    alpha: Any = lora.alpha  # PEFT says int, and takes any number
-    settings = PeftLoraConfig(
-        r=lora.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(pairs(start)), task_type="CAUSAL_LM"
-    )
-    model: Any = get_peft_model(base, settings)
-    model.config.use_cache = False
-    return Network(
-        model,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lambda: {name: value.detach().clone() for name, value in get_peft_model_state_dict(model).items()},
-        lambda state: set_peft_model_state_dict(model, dict(state)),
-    )
-
-
-def peft_names(tensors: Tensors) -> dict[str, Tensor]:
-    """Our factors under PEFT's names."""
-    return {f"base_model.model.{name}.weight": value for name, value in tensors.items()}
-
-
-def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`peft_names`."""
-    return {name.removeprefix("base_model.model.").removesuffix(".weight"): value for name, value in state.items()}
 
 
 def plain_round(

@@ -9,7 +9,6 @@ Shapes: B rows, T tokens, D width, R rank.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ladder import TEMPLATE, Network, own_network, peft_names, peft_network
+from benchmarks.networks import Network, frozen_base, own_network, peft_names, peft_network, sharing
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say, timed
 from benchmarks.profiled import operations, told
 from flocktune.config.schema import Columns, LoraConfig, ModelConfig
@@ -151,7 +150,7 @@ def _cases(options: Options) -> Iterator[Case]:
     count = 2 if options.quick else 8
     tokenizer = load_tokenizer(ModelConfig(options.model))
     examples = read_examples(options.data, Columns(), max_rows=60 if options.quick else 1000)
-    encoded, _ = encode(examples, tokenizer, template=TEMPLATE, max_tokens=256, train_on="responses")
+    encoded, _ = encode(examples, tokenizer, template="short", max_tokens=256, train_on="responses")
     model = load_model(ModelConfig(options.model), CPU)
     for rows in (1, 4) if options.quick else (1, 4, 8):
         batches = _batches(encoded, rows, count, pad_id(tokenizer))
@@ -197,16 +196,13 @@ def _batches(encoded: Encoded, rows: int, count: int, pad: int) -> list[Batch]:
 def _variants(case: Case, lora: LoraConfig) -> tuple[dict[str, Variant], float]:
     """All of them on shared weights, and how far ours and PEFT's numbers are apart."""
     case.model.requires_grad_(False)
-    ours = attach(_sharing(case.model), lora, seed=0)
+    ours = attach(sharing(case.model), lora, seed=0)
     start = _drawn(ours.tensors())
     ours.load(start)
-    own, usual = own_network(ours), peft_network(_sharing(case.model), lora, start)
+    own, usual = own_network(ours), peft_network(sharing(case.model), lora, start)
     usual.write(peft_names(start))
     difference = _difference(case, own.model, ours.parameters, usual)
-    plain, targets = _sharing(case.model), [name.removesuffix(B_SUFFIX) for name in start if name.endswith(B_SUFFIX)]
-    for name in targets:
-        plain.get_submodule(name).register_forward_hook(_wants_gradient)
-    whole = _sharing(case.model)
+    plain, whole = frozen_base(sharing(case.model), list(ours.layers)), sharing(case.model)
     return {
         PEFT: Variant(_loss(usual.model), usual.trained),
         OURS: Variant(_loss(own.model), own.trained),
@@ -231,17 +227,6 @@ def _all_trained(model: nn.Module) -> Iterator[None]:
     finally:
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-
-
-def _sharing(model: Any) -> Any:
-    """A copy of the modules with the same weights."""
-    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
-
-
-def _wants_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    """LoRA wants the gradient of every target's output; of the first one's input nobody does."""
-    if not output.requires_grad:
-        output.requires_grad_(True)
 
 
 def _loss(model: Any) -> Callable[[Batch], Tensor]:

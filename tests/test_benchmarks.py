@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flocktune.config.schema import Columns, LoraConfig
 from flocktune.data.batching import collate
 from flocktune.data.encoding import encode
 from flocktune.data.sources import read_examples
 from flocktune.models.lora import attach
+from flocktune.training import next_token_loss
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +160,42 @@ def test_a_benchmark_that_fails_ends_no_other(measured: Any, monkeypatch: pytest
     assert summary[5] == "| alternative |  |  | FAILED: ZeroDivisionError: division by zero |"
 
 
+def test_what_needs_a_gpu_runs_on_a_tiny_model(measured: Any) -> None:
+    results, _ = measured("gpu")
+    assert list(results) == ["gpu: utilisation", "gpu: FedBiOT"]
+    used, biot = (result["values"] for result in results.values())
+    assert list(used["seconds"]) == ["PEFT", "ours", "the frozen base alone"]
+    assert (
+        0
+        < used["used"]["ours"]
+        == pytest.approx(used["flops"] / used["seconds"]["ours"][0] / max(used["peaks"].values()))
+    )
+    assert biot["passes"] == {"FedIT": 8, "FedBiOT, first epoch": 5, "FedBiOT, later epochs": 4}
+    assert biot["memory"]["FedBiOT, first epoch"] < biot["memory"]["FedIT"]
+    assert all(len(each) == 1 for each in biot["seconds"].values())
+
+
+def test_without_a_gpu_nothing_of_it_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert importlib.import_module("benchmarks.__main__").main(["gpu"]) == 0
+    assert capsys.readouterr().out.count("not run: no GPU is here") == 4
+
+
+def test_the_least_operations_of_a_step_are_those_that_are_counted() -> None:
+    models, networks = (importlib.import_module(f"benchmarks.{name}") for name in ("gpu.models", "networks"))
+    place = models.Place(models.TINY, torch.device("cpu"), torch.float32, True)
+    shape, rows = place.shape, 20
+    usual = networks.peft_network(place.model(), LoraConfig(rank=shape.rank), place.attached(place.model()).tensors())
+    batch = collate(place.rows([rows]), [0], batching="padded", pad_id=0)
+    with FlopCounterMode(display=False) as counter:
+        next_token_loss(usual.model, batch).backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    attention = 12 * rows * (rows + 1) // 2 * shape.width * shape.layers
+    assert shape.step_flops([rows], len(batch.targets)) == products + attention
+
+
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     with pytest.raises(SystemExit, match="2"):
@@ -200,12 +238,12 @@ def test_both_ways_of_tokenising_agree(world: tuple[Path, Path]) -> None:
 
 
 def test_names_go_to_peft_and_back() -> None:
-    ladder = importlib.import_module("benchmarks.ladder")
+    networks = importlib.import_module("benchmarks.networks")
     lora = LoraConfig(rank=2)
     start = attach(tiny_model("llama"), lora, seed=3).tensors()
-    network = ladder.peft_network(tiny_model("llama"), lora, start)
-    network.write(ladder.peft_names(start))
-    back = ladder.own_names(network.read())
+    network = networks.peft_network(tiny_model("llama"), lora, start)
+    network.write(networks.peft_names(start))
+    back = networks.own_names(network.read())
     assert back.keys() == start.keys()
     assert all(torch.equal(back[name], value) for name, value in start.items())
     assert len(network.trained) == len(start)
