@@ -45,6 +45,7 @@ from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.engine.rounds import Collect
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
+from flocktune.fitting import fitted
 from flocktune.gate import behind_gate, gate_digest
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
 from flocktune.models.bundle import read_bundle
@@ -117,7 +118,7 @@ def federation(
     data = data or allocate_clients(config)
     if config.method == "fedbiot":
         return _fedbiot(config, data, own_bundle, secret)
-    base = load_base(config.model, config.lora, config.runtime.device)
+    base = load_base(fitted(config, data.train.encoded).model, config.lora, config.runtime.device)
     local = config.local
     refuse_ranks(config, list(data.clients))
     if config.method == "centralised":
@@ -159,7 +160,8 @@ def federation(
 def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secret: bytes | None) -> Assembly:
     """Both sides of FedBiOT in one process; the client's side is :func:`emulator_client`, as it is anywhere else."""
     check_context(config, data, load_skeleton(config.model))  # before rows are run through it to choose its layers
-    emulated = load_emulator(config, bundle_of(config, own_bundle))
+    bundle = bundle_of(config, own_bundle)
+    emulated = load_emulator(fitted(config, data.train.encoded, bundle, aligns=True), bundle)
     base, pair = pair_of(config, emulated)
     refuse_leaks(config, emulated.base)
     public = public_data(config, base, data.test)
@@ -231,8 +233,9 @@ def client_half_of(recipe_text: str, own_bundle: str | None = None, secret_hex: 
     folder = Path(own_bundle) if own_bundle else None
     if folder is None or not folder.exists():
         return federation(config, folder, secret=secret).client
-    emulated = load_emulator(config, read_bundle(folder))
+    bundle = read_bundle(folder)
     rows = allocate_clients(replace(config, model=replace(config.model, path=str(folder))))
+    emulated = load_emulator(fitted(config, rows.train.encoded, bundle), bundle)
     return clients_side(config, rows, emulator_client(config, emulated, rows, secret))
 
 

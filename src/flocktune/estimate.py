@@ -22,10 +22,12 @@ from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.drift import Scaffold
 from flocktune.config.factors import SIDED
 from flocktune.config.personal import Ditto, FineTune
-from flocktune.config.schema import Dpo, RunConfig
+from flocktune.config.schema import Dpo, LoraConfig, RunConfig
+from flocktune.data.encoding import Encoded
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
 from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.footprint import largest_batch, recomputes, training_bytes
 from flocktune.gate import gate_digest
 from flocktune.interfaces import Transform
 from flocktune.models.factors import pairs
@@ -52,7 +54,8 @@ class Estimate:
 
     With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it. Memory is a
     rough upper figure, said to be an estimate: ``memory_bytes`` is of one process that holds everything,
-    ``client_memory_bytes`` of a client alone.
+    ``client_memory_bytes`` of a client alone. ``recompute``: gradient checkpointing, as the recipe says or as this
+    machine needs it.
     """
 
     base_parameters: int
@@ -71,6 +74,7 @@ class Estimate:
     tokens_total: int
     memory_bytes: int
     client_memory_bytes: int
+    recompute: bool
     emulator: EmulatorCosts | None
     privacy: str | None = None
 
@@ -99,10 +103,7 @@ def estimate(config: RunConfig) -> Estimate:
     rows_per_step = config.local.batch_size * config.local.accumulate
     down, up = _round_bytes(config, counts.trained, list(data.clients), cohort, transforms)
     base, emulator = counts.base, counts.emulator
-    held = counts.held
-    client_bytes = held.base_bytes + _training_bytes(
-        config, trainable, counts.trained_layers, held.width, held.vocabulary
-    )
+    client_bytes, recompute = _client_memory(config, counts, data.train.encoded)
     return Estimate(
         base_parameters=base.parameters,
         trainable_parameters=trainable,
@@ -120,6 +121,7 @@ def estimate(config: RunConfig) -> Estimate:
         tokens_total=int(steps * rows_per_step * mean_tokens),
         memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
         client_memory_bytes=client_bytes,
+        recompute=recompute,
         emulator=emulator,
         privacy=_planned_privacy(config, data),
     )
@@ -188,32 +190,44 @@ def _planned_privacy(config: RunConfig, data: ClientRows) -> str | None:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Shapes alone. ``held`` is the model that a client has; ``sent_too`` are factors it gets and does not train."""
+    """Shapes alone. ``held`` is the model that a client has; ``sent_too`` are factors it gets and does not train.
+
+    ``skeleton`` makes that model on the meta device, with settings of its LoRA; ``trains``: which factors, by name.
+    """
 
     base: Description
     held: Description
     trained: Tensors
     sent_too: Tensors
-    trained_layers: int
+    skeleton: Callable[[], tuple[PreTrainedModel, LoraConfig]]
+    trains: Callable[[str], bool]
     emulator: EmulatorCosts | None
 
 
 def _counts(config: RunConfig, skeleton: PreTrainedModel) -> _Counts:
     base = describe(config.model, skeleton)
     if config.method != "fedbiot":
-        return _Counts(base, base, _empty(shapes(skeleton, config.lora)), {}, base.layers, None)
+        trained = _empty(shapes(skeleton, config.lora))
+        return _Counts(
+            base, base, trained, {}, lambda: (load_skeleton(config.model), config.lora), lambda name: True, None
+        )
     settings = emulator_settings(config)
     if settings.path is not None:
         plan = bundle_of(config).plan
     else:
         plan = plan_split(base.layers, replace(settings, choice="uniform"), stack=layer_stack(skeleton))
-    small = drop_layers(load_skeleton(config.model), plan)
+
+    def emulators() -> tuple[PreTrainedModel, LoraConfig]:
+        small = drop_layers(load_skeleton(config.model), plan)
+        return small, lora_within(small, config.lora, plan.stack, range(len(plan.held)))
+
+    small, lora = emulators()
     held = describe(replace(config.model, quantization=settings.quantization), small)
-    factors = _empty(shapes(small, lora_within(small, config.lora, plan.stack, range(len(plan.held)))))
+    factors = _empty(shapes(small, lora))
     parts = split_tensors(plan, factors)
     stored = held.parameters * stored_dtype(config.model).itemsize
     emulator = EmulatorCosts(len(plan.held), plan.layers, held.parameters, stored)
-    return _Counts(base, held, plan.to_full(parts[ADAPTER]), parts[EMULATOR], len(plan.held) - plan.frozen, emulator)
+    return _Counts(base, held, plan.to_full(parts[ADAPTER]), parts[EMULATOR], emulators, plan.in_adapter, emulator)
 
 
 def _round_bytes(
@@ -261,18 +275,17 @@ def _empty(wanted: Mapping[str, tuple[int, ...]]) -> Tensors:
     return {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
 
 
-def _training_bytes(config: RunConfig, trainable: int, layers: int, width: int, vocabulary: int) -> int:
-    """Factors, gradients and two AdamW moments (float32); activations of one micro-batch at full length.
+def _client_memory(config: RunConfig, counts: _Counts, rows: Encoded) -> tuple[int, bool]:
+    """What a client's model and training take here, and whether layers are computed again so that it fits."""
+    device, weights = pick_device(config.runtime.device), counts.held.base_bytes
+    shape = largest_batch(rows, np.arange(len(rows)), config.local.batch_size, config.data.batching)
 
-    A decoder layer of Llama's shape keeps 19 (float32) to 21 (bfloat16) values of its width for a token, counted as
-    saved tensors; 24 leaves room. One is kept when recomputing. Logits and their gradient: for half the tokens.
-    """
-    tokens = config.local.batch_size * config.data.max_tokens
-    value_bytes = 2 if config.model.dtype == "bfloat16" else 4
-    kept = 1 if config.model.gradient_checkpointing else 24
-    activations = tokens * layers * width * kept * value_bytes
-    logits = tokens * vocabulary * 4
-    return 4 * 4 * trainable + activations + logits
+    def needed(recompute: bool = False) -> int:
+        skeleton, lora = counts.skeleton()
+        return weights + training_bytes(skeleton, lora, counts.trains, config.local, shape, device, recompute=recompute)
+
+    recompute = recomputes(config.model, needed, device)
+    return needed(recompute), recompute
 
 
 def estimate_table(costs: Estimate) -> Table:
@@ -290,7 +303,8 @@ def estimate_table(costs: Estimate) -> Table:
         f"({format_bytes(costs.round_bytes_down / costs.cohort)} a client)",
         "a round, up": ("at most " if costs.up_at_most else "") + format_bytes(costs.round_bytes_up),
         "in all": f"{costs.steps_total:,} optimiser steps, about {costs.tokens_total:,} tokens",
-        "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)",
+        "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)"
+        + (", layers computed again in the backward pass" if costs.recompute else ""),
     }
     if costs.emulator:
         one = costs.emulator

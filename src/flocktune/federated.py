@@ -24,6 +24,7 @@ from flocktune.data.encoding import Encoded, EncodingReport
 from flocktune.emulation import load_emulator
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_bytes
+from flocktune.fitting import fitted
 from flocktune.interfaces import ClientHalf
 from flocktune.models.bundle import MANIFEST, Bundle
 from flocktune.models.factors import fresh
@@ -137,7 +138,7 @@ def owners_side(
         raise UserError(Problem(data, "rows to learn from", f"{len(train.examples)} rows, none with an answer"))
     mine = ClientRows(train, _no_rows(""), {client: rows}, 0)
     if emulator is None:
-        base = load_base(own.model, own.lora, own.runtime.device)
+        base = load_base(fitted(own, train.encoded).model, own.lora, own.runtime.device)
         preferences = preferences_of(own, base.adapter)
         batches = client_data(own, base.pad_id, mine, secret, preferences)
         sharing, whole = factors.sharing_of(own), fresh(base.adapter.parameters, 0)
@@ -146,7 +147,7 @@ def owners_side(
         server = factors.around_server(sharing, whole, fedavg.server_half(own.aggregation))
         optional = factors.optional(sharing, whole, client)
     else:
-        emulated = load_emulator(own, emulator)
+        emulated = load_emulator(fitted(own, train.encoded, emulator), emulator)
         base = emulated.base
         half = emulator_client(own, emulated, mine, secret)
         server, whole, optional = fedbiot.message_half(emulator.plan), base.adapter.tensors(), {}

@@ -77,6 +77,8 @@ def load_base(model: ModelConfig, lora: LoraConfig, device: str, *, beside: int 
     Others are let go before it is loaded, but for the ``beside`` used last: FedBiOT needs two, the full model and its
     emulator. Raises UserError.
     """
+    if model.gradient_checkpointing == "auto":  # for who does not train; who does has decided
+        model = replace(model, gradient_checkpointing=False)
     key = (model, lora, device)
     if key not in _HELD:
         for other in list(_HELD)[: max(0, len(_HELD) - beside)]:

@@ -18,6 +18,7 @@ from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
 from flocktune.models.bundle import Bundle
 from flocktune.models.factors import of_side
+from flocktune.models.recompute import is_checkpointed
 from flocktune.protection import secured
 from flocktune.tensors import digest
 from flocktune.types import Mean, Tensors
@@ -37,8 +38,16 @@ def start_event(fed: Assembly) -> dict[str, Any]:
         **_set_aside(fed),
         "model": fed.config.model.path,
         "device": str(fed.base.device),
+        **_recomputing(fed),
         "versions": versions(),
     }
+
+
+def _recomputing(fed: Assembly) -> dict[str, Any]:
+    """What was decided for this machine, where the recipe leaves it open."""
+    if fed.config.model.gradient_checkpointing != "auto":
+        return {}
+    return {"gradient_checkpointing": is_checkpointed((fed.emulated.base if fed.emulated else fed.base).model)}
 
 
 def _set_aside(fed: Assembly) -> dict[str, Any]:

@@ -70,13 +70,17 @@ from flocktune.config.secure_aggregation import SecureAggregationConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen base. ``path`` is a local folder, a hub id, or ``embedded``."""
+    """The frozen base. ``path`` is a local folder, a hub id, or ``embedded``.
+
+    ``gradient_checkpointing``: compute layers again in the backward pass instead of keeping what is in them, which
+    changes no result; ``auto`` does so where a step would not fit into the memory of the device.
+    """
 
     path: str = EMBEDDED
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["none", "8bit", "4bit"] = "none"
     trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
         )
     model = model if quantized else model.to(device)
     model.eval().requires_grad_(False)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:  # auto is decided where the rows are known
         checkpoint_layers(model)
     return model
 

@@ -34,6 +34,12 @@ def checkpoint_layers(model: nn.Module) -> None:
         layer.forward = functools.partial(_recomputed, layer.forward)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether :func:`checkpoint_layers` has been here."""
+    patched = (vars(module).get("forward") for module in model.modules())
+    return any(isinstance(one, functools.partial) and one.func is _recomputed for one in patched)
+
+
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

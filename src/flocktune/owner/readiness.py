@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flocktune.config.schema import Columns, DataConfig, ModelConfig
 from flocktune.engine.parcels import shown
+from flocktune.environment import available_memory_bytes
 from flocktune.errors import FlocktuneError, UserError
 from flocktune.owner.policy import GB, MB, Policy, allowed_models, columns_read, load_policy
 from flocktune.owner.reach import Finding, check_coordinator, check_network
@@ -172,17 +172,6 @@ def check_room(home: Path, model: str | None, policy: Policy) -> list[Finding]:
         limit = policy.max_gpu_memory_gb
         findings.append(_against("GPU memory", free if limit is None else min(free, int(limit * GB)), parameters))
     return findings
-
-
-def available_memory_bytes() -> int:
-    """RAM that can be had without swapping; where the system does not tell, all there is."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _policy(path: Path) -> tuple[Policy, Finding]:
