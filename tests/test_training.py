@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flocktune.config.schema import LocalConfig, LoraConfig
 from flocktune.errors import UserError
+from flocktune.models.head import label_logits
 from flocktune.models.lora import Adapter, attach
 from flocktune.models.recompute import checkpoint_layers
 from flocktune.tensors import norm, subtract
@@ -59,6 +61,7 @@ def batch_of(chosen: Sequence[tuple[list[int], int]], *, packed: bool = False) -
         position_ids=torch.tensor([positions]) if packed else None,
         label_index=torch.tensor(labels, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
+        lengths=np.array([len(ids) for ids, _ in chosen]),
         rows=len(chosen),
         units=len(targets),
         tokens=sum(len(ids) for ids, _ in chosen),
@@ -120,13 +123,17 @@ def test_head_sees_label_positions_only_and_its_hook_is_gone_afterwards() -> Non
     model, batch = tuned().model, batch_of(rows(4))
     shapes: list[tuple[int, ...]] = []
     handle = model.lm_head.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    label_logits(model, batch)
     next_token_loss(model, batch)
     model(input_ids=batch.input_ids)
     handle.remove()
-    assert shapes == [(1, len(batch.targets), 260), (*batch.input_ids.shape, 260)]
-    with pytest.raises(IndexError):
-        next_token_loss(model, SimpleNamespace(**vars(batch) | {"label_index": torch.tensor([10**6])}))
+    labels = len(batch.targets)
+    assert shapes == [(1, labels, 260), (4, 0, 260), (*batch.input_ids.shape, 260)], "losses need no logits of it"
+    for asked in (label_logits, next_token_loss):
+        with pytest.raises(IndexError):
+            asked(model, SimpleNamespace(**vars(batch) | {"label_index": torch.tensor([10**6])}))
     assert not model.lm_head._forward_pre_hooks
+    assert not model.lm_head._forward_hooks
 
 
 def test_bfloat16_loss_is_float32_and_close() -> None:

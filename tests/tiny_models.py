@@ -14,12 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -104,6 +106,8 @@ def tiny_config(family: str, *, layers: int = 2, **changes: Any) -> PreTrainedCo
     if family == "gemma2":
         # A low cap, so that a test sees when it is left out.
         common["final_logit_softcapping"] = 1.5
+    if family == "granite":
+        common["logits_scaling"] = 3.0
     if family == "opt":
         shape["ffn_dim"] = shape.pop("intermediate_size")
         del shape["num_key_value_heads"]
@@ -126,6 +130,8 @@ def tiny_config(family: str, *, layers: int = 2, **changes: Any) -> PreTrainedCo
         "opt": OPTConfig,
         "gpt_neox": GPTNeoXConfig,
         "phi": PhiConfig,
+        "granite": GraniteConfig,
+        "cohere": CohereConfig,
     }
     return kinds[family](**{**common, **shape, **changes})
 

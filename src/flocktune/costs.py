@@ -48,7 +48,8 @@ ATTENTION_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_at
 class StepCost:
     """FLOPs of one forward and backward pass of a batch, without the optimiser; ``tokens`` leaves padding out.
 
-    What is in no decoder layer is the head, mostly. ``activation_bytes``: what the forward pass leaves for the backward
+    What is in no decoder layer is the head, mostly, whose gradient is computed with its loss, in the forward pass.
+    ``activation_bytes``: what the forward pass leaves for the backward
     pass, each piece of memory once, without the model's own weights.
     """
 

@@ -15,13 +15,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.models.head import token_losses as token_losses
 from flocktune.models.lora import pairs
 from flocktune.types import Mean, Tensors
 
@@ -42,24 +41,8 @@ class NotFinite(FlocktuneError):
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood in nats of ``batch.targets``, summed: a float32 scalar."""
-    return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="sum")
-
-
-def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits at the N label positions, float32 [N, V].
-
-    The head sees hidden states there only ([1, N, D] instead of [B, T, D]), which is exact because all that follows
-    it acts on each position alone.
-    """
-    with _only_at(model, batch.label_index):
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    return logits.flatten(0, 1).float()
-
-
-def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood in nats of each of ``batch.targets``, float32 [N]."""
-    return F.cross_entropy(label_logits(model, batch), batch.targets, reduction="none")
+    """Negative log-likelihood in nats of ``batch.targets``, summed: a scalar in float32 at least."""
+    return token_losses(model, batch).sum()
 
 
 def mean_gradient(
@@ -204,23 +187,6 @@ def evaluate_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss =
         nats.append(loss(model, batch.to(device)))
         labels += batch.targets.numel()
     return Mean(float(torch.stack(nats).cpu().double().sum()), labels)
-
-
-@contextmanager
-def _only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """Inside, the head of ``model`` gets hidden states [1, N, D] at flat ``positions`` [N] of [B, T, D]."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UserError(Problem("model.path", "a language model with an output head", type(model).__name__))
-
-    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, 1).index_select(0, positions).unsqueeze(0), *inputs[1:])
-
-    handle: RemovableHandle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _optimizer(trained: Sequence[nn.Parameter], settings: LocalConfig) -> torch.optim.Optimizer:

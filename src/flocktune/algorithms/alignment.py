@@ -24,6 +24,7 @@ from flocktune.config.schema import AlignmentConfig
 from flocktune.data.batching import Batch
 from flocktune.models.layers import head_logits, hidden_states, layers_of
 from flocktune.models.lora import Adapter
+from flocktune.models.row_attention import rows_of
 from flocktune.models.split import SplitPlan
 from flocktune.training import Loss
 from flocktune.types import Mean
@@ -50,7 +51,8 @@ class Pair:
         inner = self.plan.kept[1:] if layerwise else ()  # what goes into one is what came out of the one before
         points = [layers[index if full else self.plan.held.index(index)] for index in (self.plan.top, *inner)]
         points.insert(1, model.get_output_embeddings())
-        found = hidden_states(model, batch.input_ids, batch.position_ids, points)
+        with rows_of(batch):
+            found = hidden_states(model, batch.input_ids, batch.position_ids, points)
         return [state.flatten(0, 1).index_select(0, batch.label_index) for state in found]
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from flocktune.config.losses import Dpo
 from flocktune.data.batching import Batch
 from flocktune.interfaces import ClientHalf, Memory, ServerHalf, State
+from flocktune.models.head import token_losses
 from flocktune.models.lora import Adapter
 from flocktune.tensors import group, prefixed, without
-from flocktune.training import label_logits
 from flocktune.types import ClientTask, Mean, Tensors, Update
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ nats of each answer. Both shares count a tie as no."""
 
 def sequence_log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The log-probability of each sequence's label tokens, summed: float32 [R], in nats."""
-    logits = label_logits(model, batch)
-    each = -F.cross_entropy(logits, batch.targets, reduction="none")
+    each = -token_losses(model, batch)
     # Not a scatter: on a GPU its sums are in no fixed order, and a resumed run would not be the same to the bit.
     return torch.stack([part.sum() for part in each.split(batch.labels.tolist())])
 

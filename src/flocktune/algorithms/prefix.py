@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flocktune.config.schema import EmulatorConfig
 from flocktune.data.batching import Batch
 from flocktune.models.layers import hidden_states, layers_of, starting_from
+from flocktune.models.row_attention import rows_apart
 from flocktune.training import Loss, next_token_loss
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class PrefixCache:
         ids = batch.input_ids
         rows = list(_rows(batch))
         missing = [place for place, index in enumerate(batch.index) if int(index) not in self.kept]
-        fresh = dict(zip(missing, self._compute([rows[place] for place in missing]), strict=True))
+        packed = batch.position_ids is not None
+        fresh = dict(zip(missing, self._compute([rows[place] for place in missing], packed=packed), strict=True))
         found = [
             fresh[place] if place in fresh else self.kept[int(index)]().to(ids.device)
             for place, index in enumerate(batch.index)
@@ -74,17 +76,26 @@ class PrefixCache:
         for place, states in fresh.items():
             self._keep(int(batch.index[place]), states)
         own = [states.to(self.model.dtype) for states in found]
-        if batch.position_ids is not None:
+        if packed:
             return torch.cat(own).unsqueeze(0)
         return pad_sequence(own, batch_first=True)
 
-    def _compute(self, rows: list[Tensor]) -> list[Tensor]:
+    def _compute(self, rows: list[Tensor], *, packed: bool) -> list[Tensor]:
         if not rows:
             return []
         self.computed_rows += len(rows)
-        ids = pad_sequence(rows, batch_first=True)
-        [hidden] = hidden_states(self.model, ids, None, [layers_of(self.model, self.stack)[self.layer]])
-        return [states[: len(row)].to(self.dtype or states.dtype) for states, row in zip(hidden, rows, strict=True)]
+        lengths = [len(row) for row in rows]
+        wanted = [layers_of(self.model, self.stack)[self.layer]]
+        if packed:
+            places = torch.arange(max(lengths), device=rows[0].device)
+            positions = torch.cat([places[:length] for length in lengths]).unsqueeze(0)
+            with rows_apart(lengths, places.device):
+                [hidden] = hidden_states(self.model, torch.cat(rows).unsqueeze(0), positions, wanted)
+            states = hidden[0].split(lengths)
+        else:
+            [hidden] = hidden_states(self.model, pad_sequence(rows, batch_first=True), None, wanted)
+            states = [state[:length] for state, length in zip(hidden, lengths, strict=True)]
+        return [state.to(self.dtype or state.dtype) for state in states]
 
     def _keep(self, index: int, states: Tensor) -> None:
         size = states.numel() * states.element_size()
@@ -94,7 +105,7 @@ class PrefixCache:
 
 
 def _in_memory(states: Tensor) -> Callable[[], Tensor]:
-    copy = states.clone()  # a view would hold the whole padded batch
+    copy = states.clone()  # a view would hold the whole batch
     return lambda: copy
 
 

@@ -132,7 +132,7 @@ def choose_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
     return [ordered[place * len(ordered) // max_rows] for place in range(max_rows)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def category_loss(model: Any, encoded: Encoded, rows: Sequence[int], *, batch_size: int, pad_id: int) -> Mean:
     """Nats over the N label positions of ``rows``, and N; nothing when no row has one."""
     device = next(model.parameters()).device

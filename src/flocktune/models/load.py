@@ -30,6 +30,7 @@ from flocktune.config.schema import EMBEDDED, ModelConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_file
 from flocktune.models.recompute import checkpoint_layers
+from flocktune.models.row_attention import attend_by_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -151,6 +152,8 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
         )
     model = model if quantized else model.to(device)
     model.eval().requires_grad_(False)
+    with quietly():
+        attend_by_rows(model)
     if config.gradient_checkpointing is True:  # auto is decided where the rows are known
         checkpoint_layers(model)
     return model
