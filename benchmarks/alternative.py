@@ -1,4 +1,4 @@
-"""A round of flocktune beside a round of FedIT as it is usually written, and what each replaced part gives.
+"""A round of flocktune beside a round of FedIT as its public code has it, and what each replaced part gives.
 
 Every variant starts from the same adapter and trains the same clients on the same rows, one epoch a round, with the
 same batch size, steps, learning rates, rank and targets, and the loss on answers alone. Rounds are the turns, so that
@@ -26,12 +26,13 @@ from benchmarks.ladder import (
     Switches,
     Work,
     cached_row,
+    frozen_round,
     plain_round,
     prompt_and_answer,
     usual_tokens,
 )
-from benchmarks.networks import Network, own_names, own_network, peft_names, peft_network
-from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say
+from benchmarks.networks import Network, frozen_base, own_names, own_network, peft_names, peft_network
+from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say, timed
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.local import ClientData
 from flocktune.algorithms.rules import Sharing, diagnose
@@ -50,8 +51,9 @@ from flocktune.scheduling import Cohort
 from flocktune.training import evaluate_loss
 from flocktune.types import Tensors
 
-GOAL = 2.0
+GOAL = 5.0
 OURS, OURS_BF16 = "flocktune, the whole round", "flocktune, base in bfloat16"
+FLOOR = "floor: the frozen base alone"
 CPU = torch.device("cpu")
 
 
@@ -82,7 +84,10 @@ def run(options: Options) -> Result:
             own = attach(load_model(ModelConfig(options.model), CPU), work.lora, seed=0)
             start = own.tensors()
             federations = _federations(options, work, own, start)
-            seconds = interleaved({name: each.turn for name, each in federations.items()}, turns)
+            plain = frozen_base(load_model(ModelConfig(options.model), CPU), list(own.layers))
+            measures = {name: each.turn for name, each in federations.items()}
+            measures[FLOOR] = lambda number: timed(lambda: frozen_round(work, plain, number))
+            seconds = interleaved(measures, turns)
             adapters = {name: each.adapter(each.state) for name, each in federations.items()}
             adapters |= _other_orders(work, own_network(own), start, turns + 1, count=orders)
     finally:
@@ -95,7 +100,7 @@ def run(options: Options) -> Result:
 
 def _work(options: Options, folder: str) -> Work:
     quick = options.quick
-    clients, steps, held = (2, 2, 8) if quick else (2, 4, 96)
+    clients, steps, held = (2, 2, 8) if quick else (10, 3, 96)
     local = LocalConfig(epochs=1, batch_size=4 if quick else 8, lr=2e-3, schedule="linear")
     tokenizer = load_tokenizer(ModelConfig(options.model))
     examples = read_examples(options.data, Columns(), max_rows=100 if quick else 2000)
@@ -217,22 +222,22 @@ def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str,
     whole = ratio(seconds[names[0]], seconds[OURS])
     rows = []
     for name, before in zip(names, [None, *names], strict=False):
-        step = "" if before is None else str(ratio(seconds[before], seconds[name]))
+        step = "" if before is None or name == FLOOR else str(ratio(seconds[before], seconds[name]))
         rows.append(
             (
                 name,
                 str(Spread.of(seconds[name])),
                 step,
                 f"{ratio(seconds[names[0]], seconds[name]).median:.2f}",
-                f"{losses[name]:.4f}",
+                f"{losses[name]:.4f}" if name in losses else "",
             )
         )
     orders = [loss for name, loss in losses.items() if name.startswith("other order")] + [losses[OURS]]
     tokens = sum(int(work.encoded.lengths[rows].sum()) for rows in work.clients.values())
     steps = sum(-(-len(rows) // work.local.batch_size) for rows in work.clients.values())
     return Result(
-        title="A round beside the obvious alternative, and what each part gives",
-        goal=f"flocktune at least {GOAL:g} times as fast a round at the same loss",
+        title="A round of FedIT beside public code's, and what each part gives",
+        goal=f"flocktune at least {GOAL:g} times as fast a round as public FedIT's way, at the same loss",
         met=None if quick else whole.median >= GOAL,
         header=(
             "",
@@ -249,4 +254,8 @@ def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str,
             f" its batches in {len(orders)} orders ends between {min(orders):.4f} and {max(orders):.4f}.",
         ),
         values={"seconds": seconds, "ratio": whole.median, "losses": losses},
+        measured=str(whole),
+        floor="clients one after another can not take less than the frozen base's forward pass and the gradients of its"
+        f" activations on the same batches: {ratio(seconds[names[0]], seconds[FLOOR])} times as fast as the first row;"
+        f" {100 / ratio(seconds[OURS], seconds[FLOOR]).median:.0f} % of ours is that",
     )
