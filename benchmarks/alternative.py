@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from flocktune.algorithms import fedavg
 from flocktune.algorithms.local import ClientData
 from flocktune.algorithms.rules import Sharing, diagnose
 from flocktune.config.schema import AggregationConfig, Columns, LocalConfig, LoraConfig, ModelConfig
-from flocktune.data.batching import evaluation_batches, training_batches
+from flocktune.data.batching import Batching, evaluation_batches, training_batches
 from flocktune.data.encoding import encode
 from flocktune.data.sources import read_examples
 from flocktune.engine.checkpoint import Checkpoint, save_checkpoint
@@ -52,7 +53,7 @@ from flocktune.training import evaluate_loss
 from flocktune.types import Tensors
 
 GOAL = 5.0
-OURS, OURS_BF16 = "flocktune, the whole round", "flocktune, base in bfloat16"
+PADDED, OURS, OURS_BF16 = "flocktune, the whole round", "flocktune, packed rows", "the same, base in bfloat16"
 FLOOR = "floor: the frozen base alone"
 CPU = torch.device("cpu")
 
@@ -137,7 +138,9 @@ def _federations(options: Options, work: Work, own: Adapter, start: Tensors) -> 
         name: _plain(work, own_network(own) if switches.own_lora else usual, switches, start)
         for name, switches in LADDER.items()
     }
-    return {**found, OURS: _ours(work, own, start, "float32"), OURS_BF16: _ours(work, in_bfloat16, start, "bfloat16")}
+    found[PADDED] = _ours(work, own, start, "padded")
+    found[OURS] = _ours(work, own, start, "packed")
+    return {**found, OURS_BF16: _ours(work, in_bfloat16, start, "packed")}
 
 
 def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> Federation:
@@ -149,7 +152,7 @@ def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> 
     return Federation(peft_names(start), advance, own_names)
 
 
-def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation:
+def _ours(work: Work, adapter: Adapter, start: Tensors, batching: Batching) -> Federation:
     """The whole round as a run does it: engine, checks, aggregation, diagnostics, checkpoint."""
     server = fedavg.server_half(AggregationConfig())
     sharing = Sharing("fedit", work.lora.rank, scale(work.lora), 0)
@@ -164,7 +167,7 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation
                 work.encoded,
                 rows,
                 batch_size=work.local.batch_size,
-                batching="padded",
+                batching=batching,
                 pad_id=work.pad_id,
                 seed=seed,
                 steps=steps,
@@ -174,8 +177,10 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation
 
     engine = InProcess(fedavg.client_half(adapter, data, work.local, "examples", rounds=1))
 
+    place = Path(tempfile.mkdtemp(dir=work.folder))
+
     def save(record: Any, state: State) -> None:
-        save_checkpoint(Path(work.folder) / name, Checkpoint(record.round + 1, state, {}, {}), keep=2)
+        save_checkpoint(place, Checkpoint(record.round + 1, state, {}, {}), keep=2)
 
     hooks = Hooks(
         on_round=save, diagnose=diagnose(sharing, server), diagnose_clients=AggregationConfig().diagnose_clients
@@ -199,13 +204,13 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, name: str) -> Federation
 
 def _other_orders(work: Work, network: Network, start: Tensors, rounds: int, *, count: int) -> dict[str, Tensors]:
     """Adapters of the same federation with its batches drawn in other orders: how much of a loss is chance."""
-    switches = list(LADDER.values())[-1]
     found: dict[str, Tensors] = {}
-    for seed in range(1, count + 1):
+    ways = {"shuffled": Switches(True, True, True, True), "length-grouped": list(LADDER.values())[-1]}
+    for (way, switches), seed in product(ways.items(), range(1, count + 1)):
         state: Mapping[str, Tensor] = start
         for number in range(rounds):
             state = plain_round(replace(work, seed=seed), network, switches, state, number)
-        found[f"other order {seed}"] = state
+        found[f"{way}, order {seed}"] = state
     return found
 
 
@@ -232,7 +237,11 @@ def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str,
                 f"{losses[name]:.4f}" if name in losses else "",
             )
         )
-    orders = [loss for name, loss in losses.items() if name.startswith("other order")] + [losses[OURS]]
+    orders = {
+        way: [losses[own], *(loss for name, loss in losses.items() if name.startswith(f"{way}, order"))]
+        for way, own in (("shuffled", names[0]), ("length-grouped", OURS))
+    }
+    chance = "; ".join(f"{way}: {min(found):.4f} to {max(found):.4f}" for way, found in orders.items())
     tokens = sum(int(work.encoded.lengths[rows].sum()) for rows in work.clients.values())
     steps = sum(-(-len(rows) // work.local.batch_size) for rows in work.clients.values())
     return Result(
@@ -250,8 +259,8 @@ def _result(work: Work, seconds: Mapping[str, list[float]], losses: Mapping[str,
         notes=(
             f"A round: {len(work.clients)} clients, {steps} steps of {work.local.batch_size} rows in all ({tokens}"
             f" tokens), LoRA rank {work.lora.rank} on {work.lora.targets}; {len(seconds[OURS])} rounds timed after one"
-            f" more. Alternative / flocktune: {whole}. The loss was {losses['start']:.4f} at the start; flocktune with"
-            f" its batches in {len(orders)} orders ends between {min(orders):.4f} and {max(orders):.4f}.",
+            f" more. Alternative / flocktune: {whole}. The loss was {losses['start']:.4f} at the start; with"
+            f" batches in {len(orders['shuffled'])} orders it ends at {chance}.",
         ),
         values={"seconds": seconds, "ratio": whole.median, "losses": losses},
         measured=str(whole),

@@ -18,6 +18,7 @@ from benchmarks.both_clients import now
 from flocktune.config.schema import LoraConfig
 from flocktune.data.encoding import Encoded
 from flocktune.models.lora import Adapter, attach
+from flocktune.models.row_attention import attend_by_rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Place:
         )
         torch.manual_seed(0)
         with self.device:
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval().requires_grad_(False)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval().requires_grad_(False)
+        attend_by_rows(model)  # as models that are loaded do
+        return model
 
     def attached(self, model: Any) -> Adapter:
         """The product's LoRA on all linear layers."""
