@@ -196,6 +196,57 @@ def test_a_full_emulator_is_the_full_model() -> None:
     assert (measured.hidden.value, measured.kl.value) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_what_the_teacher_remembers_changes_nothing(batching: str, layerwise: bool) -> None:
+    pair, rows = make_pair(double=True), rows_of(6, 9, 3)
+    knows = pair.remembering(EmulatorConfig(cache_dtype="bfloat16"))
+    loss, its_loss = (alignment_loss(one, AlignmentConfig(layerwise_weight=0.3 * layerwise)) for one in (pair, knows))
+    below = watched(pair.full.model.get_submodule(f"{pair.plan.stack}.0"))
+    for index in ([0, 1], [1, 2], [2, 0]):
+        batch = collate(rows, index, batching=batching, pad_id=2)  # type: ignore[arg-type]
+        expected = float(loss(pair.emulator.model, batch))
+        assert float(its_loss(pair.emulator.model, batch)) == pytest.approx(expected, rel=1e-9)
+        measured, expected_one = fidelity(knows, [batch]), fidelity(pair, [batch])
+        assert measured.kl.value == pytest.approx(expected_one.kl.value, rel=1e-9)
+    assert knows.below is not None
+    assert knows.below.computed_rows == len(rows)
+    assert len(below) == (6 + 2 + 3 * layerwise), "twice without memory; with it, for two batches that had new rows"
+
+
+def test_with_adapters_at_the_bottom_the_teacher_remembers_nothing() -> None:
+    pair = make_pair(placement="first_and_last", adapter_layers=1)
+    assert pair.remembering(EmulatorConfig()) is pair
+
+
+def test_each_data_set_is_remembered_by_itself_and_for_one_alignment() -> None:
+    """The numbers of rows of two sets are the same; rows are not. The next round computes all again."""
+    pair = make_pair()
+    public, held_out = rows_of(6, 9, 7, 5), rows_of(4, 8, 3, 6, 2)
+    sets = {name: collate(rows, range(4), batching="padded", pad_id=2) for name, rows in
+            (("public", public), ("held_out", held_out))}  # fmt: skip
+    given = replace(public_of(public), measured={name: lambda one=one: [one] for name, one in sets.items()})
+    alignment = AlignmentConfig(first_steps=3, steps=3, lr=1e-2)
+    server = fedbiot.server_half(pair, given, alignment, RunConfig().aggregation, seed=0)
+    state = server.init(pair.emulator.tensors())
+    seen = []
+    for round in range(2):
+        below = watched(pair.full.model.get_submodule(f"{pair.plan.stack}.0"))
+        state, told = server.prepare(state, round)
+        seen.append(len(below))
+        for name, one in sets.items():
+            assert told["fidelity"][name]["after"] == pytest.approx(fidelity(pair, [one]).kl.value, rel=1e-4)
+    assert seen[0] == 2, "one pass for either set, before; steps and what is measured after them come from memory"
+    assert seen[1] >= 2
+
+
+def watched(module: torch.nn.Module) -> list[int]:
+    """Grows with every forward pass of ``module``."""
+    passes: list[int] = []
+    module.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
 def public_of(rows: Encoded) -> fedbiot.PublicData:
     def batches(seed: int, steps: int) -> list[object]:
         order = np.random.default_rng(seed).integers(0, len(rows), (steps, 2))

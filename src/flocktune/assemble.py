@@ -35,6 +35,7 @@ from flocktune.emulation import (
     Emulated,
     alignment_settings,
     bundle_of,
+    emulator_settings,
     load_emulator,
     pair_of,
     public_data,
@@ -167,7 +168,14 @@ def _fedbiot(config: RunConfig, data: ClientRows, own_bundle: Path | None, secre
     public = public_data(config, base, data.test)
     digest = emulated.bundle.digest
     privacy = client_privacy(config, len(data.clients))
-    server = fedbiot.server_half(pair, public, alignment_settings(config), config.aggregation, seed=config.seed)
+    server = fedbiot.server_half(
+        pair,
+        public,
+        alignment_settings(config),
+        config.aggregation,
+        seed=config.seed,
+        cache=emulator_settings(config),
+    )
     server = corrected(config, server, client_data(config, emulated.base.pad_id, data), data)
     return Assembly(
         config,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flocktune.algorithms.alignment import Pair
-from flocktune.algorithms.fedbiot import PublicData
+from flocktune.algorithms.fedbiot import PUBLIC, PublicData
 from flocktune.config.schema import AlignmentConfig, EmulatorConfig, LoraConfig, ModelConfig, RunConfig
 from flocktune.data.batching import Batch, evaluation_batches, training_batches
 from flocktune.data.encoding import Encoded, default_cache_folder
@@ -211,7 +211,7 @@ def public_data(config: RunConfig, full: Base, test: Instructions) -> PublicData
 
         return each
 
-    sets = {"public": public, "held_out": test} if settings.fidelity_rows else {}
+    sets = {PUBLIC: public, "held_out": test} if settings.fidelity_rows else {}
     return PublicData(batches, {name: measured(rows) for name, rows in sets.items() if rows.examples})
 
 

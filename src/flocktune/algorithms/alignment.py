@@ -12,7 +12,7 @@ N positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flocktune.config.schema import AlignmentConfig
+from flocktune.algorithms.prefix import PrefixCache
+from flocktune.config.schema import AlignmentConfig, EmulatorConfig
 from flocktune.data.batching import Batch
 from flocktune.models.layers import head_logits, hidden_states, layers_of
 from flocktune.models.lora import Adapter
@@ -38,14 +39,32 @@ LOGITS_AT_ONCE = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The full model and its emulator, each with its adapter attached: the full model's is on the adapter's layers."""
+    """The full model and its emulator, each with its adapter attached: the full model's is on the adapter's layers.
+
+    ``below``: what comes out of the full model's layers below the adapter, for rows of one data set; those layers are
+    nobody's to train, so a row passes them once.
+    """
 
     full: Adapter
     emulator: Adapter
     plan: SplitPlan
+    below: PrefixCache | None = None
+
+    def remembering(self, settings: EmulatorConfig) -> Pair:
+        """The same pair, for rows of one data set that may come again; kept as ``settings`` say, but never rounded.
+
+        With adapter layers at the bottom there is nothing to remember.
+        """
+        if not self.plan.frozen:
+            return self
+        settings = replace(settings, cache_dtype="model")
+        return replace(self, below=PrefixCache(self.full.model, self.plan.stack, self.plan.top, settings))
 
     def states(self, batch: Batch, *, full: bool, layerwise: bool) -> list[Tensor]:
         """Hidden states [N, D] at the batch's label positions: at the seam, what the head gets, after kept layers."""
+        if full and self.below is not None and not layerwise:
+            with self.below.given(batch):
+                return replace(self, below=None).states(batch, full=True, layerwise=False)
         model = (self.full if full else self.emulator).model
         layers = layers_of(model, self.plan.stack)
         inner = self.plan.kept[1:] if layerwise else ()  # what goes into one is what came out of the one before

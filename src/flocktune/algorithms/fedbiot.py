@@ -44,24 +44,39 @@ EMULATOR, ADAPTER = "emulator", "adapter"
 """Groups of tensors in state and message. Both have the emulator's names; :attr:`SplitPlan.to_full` renames A's."""
 
 
+PUBLIC = "public"
+"""The measured set whose rows are those that are aligned on."""
+
+
 @dataclass(frozen=True, eq=False)
 class PublicData:
-    """The server's rows: ``batches(seed, steps)`` to align on, and fixed sets, by name, to measure fidelity on."""
+    """The server's rows: ``batches(seed, steps)`` to align on, and fixed sets, by name, to measure fidelity on.
+
+    A set has its own numbers of rows, but that of the name ``public``, whose rows are those of ``batches``.
+    """
 
     batches: Callable[[int, int], Iterable[Batch]]
     measured: Mapping[str, Callable[[], Iterable[Batch]]]
 
 
 def server_half(
-    pair: Pair, public: PublicData, alignment: AlignmentConfig, aggregation: AggregationConfig, *, seed: int
+    pair: Pair,
+    public: PublicData,
+    alignment: AlignmentConfig,
+    aggregation: AggregationConfig,
+    *,
+    seed: int,
+    cache: EmulatorConfig | None = None,
 ) -> ServerHalf:
     """State: ``emulator/*``, ``adapter/*`` (float32), the server optimiser's ``optimizer/*``, and ``aligned``.
 
     ``aligned`` is the number of rounds for which E has been aligned: a state that was saved after an alignment is not
-    aligned again.
+    aligned again. ``cache``: how what comes out of the full model's frozen layers is kept within an alignment. It is
+    not kept for the next one: a run that was killed would begin without, and rows that are computed among others round
+    otherwise.
     """
     settings, plan = aggregation.server_optimizer, pair.plan
-    loss = alignment_loss(pair, alignment)
+    cache = cache or EmulatorConfig()
 
     def init(tensors: Tensors) -> State:
         parts = split_tensors(plan, tensors)
@@ -76,12 +91,14 @@ def server_half(
         emulator, adapter = group(state, EMULATOR), group(state, ADAPTER)
         pair.emulator.load({**emulator, **adapter})
         pair.full.load(plan.to_full(adapter))
-        before = _measure(pair, public)
+        known = {name: pair.remembering(cache) for name in (PUBLIC, *public.measured)}
+        before = _measure(known, public)
         if steps:
             local = LocalConfig(
                 steps=steps, lr=alignment.lr, clip_norm=alignment.clip_norm, batch_size=alignment.batch_size
             )
             batches = public.batches(derive_seed(seed, round, "alignment"), steps)
+            loss = alignment_loss(known[PUBLIC], alignment)
             with training_only(pair.emulator, emulator) as trained:
                 dropout = derive_seed(seed, round, "alignment dropout")
                 try:
@@ -89,7 +106,7 @@ def server_half(
                 except NotFinite as error:
                     raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
             state = {**state, **prefixed(EMULATOR, pair.emulator.tensors(emulator))}
-        after = _measure(pair, public) if steps else before
+        after = _measure(known, public) if steps else before
         told = {
             "steps": steps,
             **_told(before, after, alignment.kl_weight),
@@ -185,8 +202,8 @@ def joined(parts: Mapping[str, Tensors]) -> dict[str, torch.Tensor]:
     return {name: value for part, tensors in parts.items() for name, value in prefixed(part, tensors).items()}
 
 
-def _measure(pair: Pair, public: PublicData) -> Mapping[str, Fidelity]:
-    return {name: fidelity(pair, batches()) for name, batches in public.measured.items()}
+def _measure(pairs: Mapping[str, Pair], public: PublicData) -> Mapping[str, Fidelity]:
+    return {name: fidelity(pairs[name], batches()) for name, batches in public.measured.items()}
 
 
 def _told(before: Mapping[str, Fidelity], after: Mapping[str, Fidelity], kl_weight: float) -> dict[str, Any]:
@@ -194,7 +211,7 @@ def _told(before: Mapping[str, Fidelity], after: Mapping[str, Fidelity], kl_weig
     left out."""
     kl = {name: {"before": before[name].kl.value, "after": after[name].kl.value} for name in before}
     told: dict[str, Any] = {"fidelity": kl}
-    if "public" in before:
-        first, last = (at["public"].hidden.value + kl_weight * at["public"].kl.value for at in (before, after))
+    if PUBLIC in before:
+        first, last = (at[PUBLIC].hidden.value + kl_weight * at[PUBLIC].kl.value for at in (before, after))
         told |= {"loss_first": first, "loss_last": last}
     return told

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
@@ -58,8 +59,14 @@ class PrefixCache:
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """As ``above``, through the layers from ``layer`` on."""
-        with starting_from(model, self.stack, self.layer, self.states(batch)):
+        with self.given(batch):
             return self.above(model, batch)
+
+    @contextmanager
+    def given(self, batch: Batch) -> Iterator[None]:
+        """Inside, a forward pass of ``batch`` begins with ``layer``."""
+        with starting_from(self.model, self.stack, self.layer, self.states(batch)):
+            yield
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:

@@ -19,7 +19,8 @@ class EmulatorConfig:
     ``path``: a bundle made by ``flocktune compress``; None makes one of ``model`` when the run starts, by the next four
     settings. ``adapter_layers`` are tuned: the last ones, or (Offsite-Tuning) as many at either end. Of the others the
     fraction ``drop`` is left out: in even steps, or those that change hidden states of the public rows the least.
-    ``cache``: where a client keeps the emulator's output for its rows within a round, at most ``cache_mb`` megabytes.
+    ``cache``: where a client keeps the emulator's output for its rows within a round, and the server that of the full
+    model's layers below the adapter within an alignment, at most ``cache_mb`` megabytes of rows of one data set.
     """
 
     path: str | None = None
