@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -144,12 +144,11 @@ def fit(
     """
     trained = list(parameters.values())
     device = trained[0].device
-    optimizer = _optimizer(trained, settings)
+    optimizer = optimizer_of(trained, settings)
     step_losses: list[Tensor] = []
     units = tokens = 0
-    limit = None if settings.steps is None else settings.steps * settings.accumulate
     with training_mode(model, trained), _seeded(device, seed):
-        for step, group in enumerate(_groups(islice(batches, limit), settings.accumulate), start=first_step):
+        for step, group in enumerate(steps_of(batches, settings), start=first_step):
             total = gradient(model, parameters, group, loss)
             if penalty is not None:
                 penalty(parameters).backward()
@@ -163,9 +162,16 @@ def fit(
             step_losses.append(total)
             units += sum(batch.units for batch in group)
             tokens += sum(batch.tokens for batch in group)
+    return told(step_losses, units, tokens, parameters, first_step)
+
+
+def told(
+    step_losses: Sequence[Tensor], units: int, tokens: int, parameters: Mapping[str, Tensor], first_step: int
+) -> dict[str, Mean]:
+    """The metrics of :func:`fit`, of every step's nats. Raises NotFinite, and UserError when there was no step."""
     if not step_losses:
         raise UserError(Problem("data", "at least one batch to train on", "none", "Give this client more rows."))
-    nats_by_step = torch.stack(step_losses).double().cpu()
+    nats_by_step = torch.stack(tuple(step_losses)).double().cpu()
     _check_finite(nats_by_step, parameters, first_step)
     return {
         "loss": Mean(float(nats_by_step.sum()), units),
@@ -189,8 +195,10 @@ def evaluate_loss(model: PreTrainedModel, batches: Iterable[Batch], loss: Loss =
     return Mean(float(torch.stack(nats).cpu().double().sum()), labels)
 
 
-def _optimizer(trained: Sequence[nn.Parameter], settings: LocalConfig) -> torch.optim.Optimizer:
-    """One fused kernel for all factors: there are hundreds, and each is small."""
+def optimizer_of(
+    trained: Sequence[nn.Parameter] | Sequence[dict[str, Any]], settings: LocalConfig
+) -> torch.optim.Optimizer:
+    """A fresh one, of parameters or groups of them, each one fused kernel: there are hundreds, and each is small."""
     match settings.optimizer:
         case "adamw":
             return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -227,10 +235,10 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of ``size`` consecutive batches; the last one may be shorter."""
-    rest = iter(batches)
-    while group := list(islice(rest, size)):
+def steps_of(batches: Iterable[Batch], settings: LocalConfig) -> Iterator[list[Batch]]:
+    """The micro-batches of each step, ``accumulate`` of them; the last step may have fewer."""
+    rest = islice(batches, None if settings.steps is None else settings.steps * settings.accumulate)
+    while group := list(islice(rest, settings.accumulate)):
         yield group
 
 

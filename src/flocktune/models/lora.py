@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
 from flocktune.models.factors import fresh, side_like
 from flocktune.models.factors import pairs as pairs
+from flocktune.models.low_rank import Bases, LowRank, StackedPaths, keep_mask
 from flocktune.tensors import mismatches
 from flocktune.types import A_SUFFIX, B_SUFFIX, Tensors
 from flocktune.wire import SIDE_A, SIDE_B
@@ -38,6 +39,15 @@ ATTENTION_BLOCK = re.compile(r"attn|attention", re.IGNORECASE)
 ATTENTION_ENDINGS = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 )
+
+READ_ALIKE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Endings of modules' names that, with one parent, read the same input."""
 
 
 def scale(lora: LoraConfig) -> float:
@@ -48,8 +58,9 @@ def scale(lora: LoraConfig) -> float:
 class LoraLinear(nn.Module):
     """A frozen linear module with a trained low-rank path beside it: x [..., in] -> [..., out].
 
-    ``base`` may be anything that maps x linearly (nn.Linear, Conv1D, a quantised linear): it is only
-    called. ``training`` of this module alone switches the dropout on.
+    ``base`` may be anything that maps x linearly (nn.Linear, Conv1D, a quantised linear). ``training`` of this module
+    alone switches the dropout on. ``beside``: the modules that read the same input, this one among them; whichever is
+    called first computes all of them.
     """
 
     def __init__(self, base: nn.Module, lora: LoraConfig) -> None:
@@ -61,6 +72,7 @@ class LoraLinear(nn.Module):
         self.dropout = lora.dropout
         self.enabled = True
         self.side: tuple[Tensor, ...] = ()
+        self.beside = SharedInput([self])
         self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs, device=device, dtype=torch.float32))
         # Column-major, so that the skinny products of the backward pass (dY B and H^T dY) meet a
         # row-major B^T: on a CPU they are two to six times faster, and autograd needs no copy.
@@ -73,16 +85,66 @@ class LoraLinear(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
         if not self.enabled:
-            return out
+            return self.base(x)
+        out = self.beside(self, x)
         if self.side:
             *first, last = (factor.to(x.dtype) for factor in self.side)
             inner = F.linear(x, *first) if first else x
             out = torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), last.t()).view_as(out)
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        low = F.linear(dropped, self.lora_A.to(x.dtype)).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), low, self.lora_B.t().to(x.dtype), alpha=self.scale).view_as(out)
+        return out
+
+
+class SharedInput:
+    """Modules that read the same input: their outputs are computed together, and handed out one by one.
+
+    An input is known by its identity. A module that gets another one than the others did is computed for it as well:
+    a wrong guess costs time, never a wrong result. Dropout's mask is one for all of them.
+    """
+
+    def __init__(self, modules: Sequence[LoraLinear]) -> None:
+        self.modules = modules
+        self.stack: StackedPaths | None = None
+        self._input: Tensor | None = None
+        self._outputs: dict[LoraLinear, Tensor] = {}
+
+    def __call__(self, module: LoraLinear, x: Tensor) -> Tensor:
+        if len(self.modules) == 1:
+            return self._compute(x)[0]
+        if x is not self._input or module not in self._outputs:
+            self._outputs = dict(zip(self.modules, self._compute(x), strict=True))
+            self._input = x
+        found = self._outputs.pop(module)
+        if not self._outputs:
+            self._input = None
+        return found
+
+    def _compute(self, x: Tensor) -> Sequence[Tensor]:
+        shape, first = x.shape[:-1], self.modules[0]
+        x = x.flatten(0, -2)
+        dropout = first.dropout if first.training else 0.0
+        bases = _plain_bases(self.modules)
+        if self.stack is not None:
+            outputs = self.stack(x, dropout, first.scale, bases)
+        else:
+            mask = keep_mask(x.new_empty(x.shape), dropout) if dropout else None
+            a, b = [each.lora_A for each in self.modules], [each.lora_B for each in self.modules]
+            outputs = LowRank.apply(x, mask, first.scale, bases, *a, *b)
+        if not bases:
+            outputs = [module.base(x) + out for module, out in zip(self.modules, outputs, strict=True)]
+        return [out.unflatten(0, shape) for out in outputs]
+
+
+def _plain_bases(modules: Sequence[LoraLinear]) -> Bases:
+    """Weight [out, in] and bias of every module, if all are plain; none if the product of one is its own affair."""
+    found = []
+    for module in modules:
+        base = module.base
+        if type(base) is nn.Linear:
+            found.append((base.weight, base.bias))
+        elif type(base) is Conv1D:
+            found.append((base.weight.t(), base.bias))
+    return tuple(found) if len(found) == len(modules) else ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +172,7 @@ class Adapter:
         factors = {name: value for name, value in tensors.items() if name not in sides}
         problems = mismatches(self.parameters, factors) + mismatches(side_like(self.parameters, sides), sides)
         UserError.raise_all(f"adapter: {problem}" for problem in problems)
-        self._set(factors)
+        self.put(factors)
         for name, layer in self.layers.items():
             layer.side = _side(*(sides[name + end].to(layer.lora_A) for end in (SIDE_A, SIDE_B) if name + end in sides))
 
@@ -121,6 +183,15 @@ class Adapter:
             self.parameters[name].copy_(value)
         for layer in self.layers.values():
             layer.side = ()
+
+    def frozen(self, trained: Container[str]) -> list[Tensor]:
+        """What else makes the model what it is while ``trained`` factors are trained: those of modules that have none
+        of them, and side changes. Live tensors."""
+        found = [part for layer in self.layers.values() for part in layer.side]
+        for name, layer in self.layers.items():
+            if name + A_SUFFIX not in trained and name + B_SUFFIX not in trained:
+                found += [layer.lora_A.detach(), layer.lora_B.detach()]
+        return found
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -142,18 +213,19 @@ class Adapter:
         """
         before = {name: self.parameters[name].detach().clone() for name in tensors}
         training = [layer.training for layer in self.layers.values()]
-        self._set(tensors)
+        self.put(tensors)
         for layer in self.layers.values():
             layer.training = False
         try:
             yield
         finally:
-            self._set(before)
+            self.put(before)
             for layer, was in zip(self.layers.values(), training, strict=True):
                 layer.training = was
 
     @torch.no_grad()
-    def _set(self, tensors: Tensors) -> None:
+    def put(self, tensors: Tensors) -> None:
+        """Set the factors named in ``tensors``, of whose names and shapes the caller is sure."""
         for name, value in tensors.items():
             self.parameters[name].copy_(value)
 
@@ -196,6 +268,10 @@ def attach(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> Adapter:
         raise UserError(Problem("model", "a model without an adapter", "one that has an adapter", "Detach it first."))
     layers = {name: LoraLinear(module, lora) for name, module in _targets(model, lora).items()}
     model.requires_grad_(False)
+    for members in _reading_alike(layers):
+        shared = SharedInput(members)
+        for member in members:
+            member.beside = shared
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         _replace(model, name, layer)
@@ -274,6 +350,18 @@ def _target_problems(
         smallest = min(small, key=lambda name: min(features(chosen[name])))
         most = f"at most {min(features(chosen[smallest]))}, the smaller side of {smallest}"
         yield Problem("lora.rank", most, f"{lora.rank}, too large for {len(small)} of {len(chosen)} targets")
+
+
+def _reading_alike(layers: Mapping[str, LoraLinear]) -> Iterator[list[LoraLinear]]:
+    """Modules of one parent that, by their names, read the same input; of two or more of them."""
+    for endings in READ_ALIKE:
+        for name, layer in layers.items():
+            parent, _, ending = name.rpartition(".")
+            if ending in endings:
+                names = [f"{parent}.{other}" for other in endings]
+                members = [layers[other] for other in names if other in layers]
+                if len(members) > 1 and members[0] is layer:
+                    yield members
 
 
 def _in_attention(name: str) -> bool:
