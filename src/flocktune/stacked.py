@@ -22,9 +22,9 @@ from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
 from flocktune.data.merging import Merged, merged
 from flocktune.errors import FlocktuneError
-from flocktune.models.lora import Adapter
+from flocktune.models.lora import Adapter, Snapshot
 from flocktune.models.low_rank import Spans
-from flocktune.models.stack import Stack
+from flocktune.models.stack import Stack, stacked_names
 from flocktune.training import (
     Adjust,
     Penalty,
@@ -57,14 +57,12 @@ class Prefix(Protocol):
 class Job:
     """One client's local training: the arguments of :func:`flocktune.training.fit`.
 
-    ``start``: the factors that it begins with, of every module that has a trained one. ``trained``: names of these.
-    ``frozen``: what else makes up the model; jobs for which that differs are not trained together.
+    ``trained``: names of the factors to train. ``start``: the whole adapter as it is at the start.
     """
 
     adapter: Adapter
     trained: tuple[str, ...]
-    start: Tensors
-    frozen: Sequence[Tensor]
+    start: Snapshot
     batches: Iterable[Batch]
     settings: LocalConfig
     total_steps: int
@@ -75,14 +73,10 @@ class Job:
     prefix: Prefix | None = None
 
     def goes_with(self, other: Job) -> bool:
-        """Whether both can be trained at once."""
+        """Whether both can be trained at once: modules of which nothing is trained must be the same for both."""
         same = self.adapter is other.adapter and self.trained == other.trained and self.settings == other.settings
-        return (
-            same
-            and (self.prefix is None) == (other.prefix is None)
-            and len(self.frozen) == len(other.frozen)
-            and all(torch.equal(mine, theirs) for mine, theirs in zip(self.frozen, other.frozen, strict=True))
-        )
+        prefixed = (self.prefix is None) == (other.prefix is None)
+        return same and prefixed and not self.start.differs(other.start, stacked_names(self.adapter, self.trained))
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,7 @@ def fit_stacked(jobs: Sequence[Job], *, packed: bool, tokens_at_once: int) -> li
     """
     first = jobs[0]
     adapter, model = first.adapter, first.adapter.model
+    adapter.restore(first.start)
     stack = Stack(adapter, first.trained, len(jobs))
     clients = [_Client(job, place, stack) for place, job in enumerate(jobs)]
     optimizer = optimizer_of([{"params": [client.row]} for client in clients], first.settings)
@@ -128,7 +123,7 @@ class _Client:
 
     def __init__(self, job: Job, place: int, stack: Stack) -> None:
         self.job, self.place, self.stack = job, place, stack
-        stack.load(place, job.start)
+        stack.load(place, job.start.factors)
         self.row = nn.Parameter(stack.values[place, : stack.trained])
         self.steps = steps_of(job.batches, job.settings)
         self.step: list[Batch] = []

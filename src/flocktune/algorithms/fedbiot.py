@@ -173,7 +173,7 @@ def client_half(
         prefix = PrefixCache(emulator.model, plan.stack, plan.frozen, settings, keep=again, above=mine.loss)
         update = train_locally(
             emulator, adapter, task, mine, local, weights,
-            rounds=rounds, loss=prefix.loss, penalty=penalty, adjust=adjust,
+            rounds=rounds, loss=prefix.loss, prefix=prefix, penalty=penalty, adjust=adjust,
         )  # fmt: skip
         return update, memory
 

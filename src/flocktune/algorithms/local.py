@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from torch import nn
 from flocktune.algorithms.private_rows import PrivateRows
 from flocktune.config.schema import LocalConfig
 from flocktune.data.batching import Batch
+from flocktune.gathering import gathered
 from flocktune.models.lora import Adapter
 from flocktune.seeds import derive_seed
+from flocktune.stacked import Job, Prefix
 from flocktune.tensors import subtract
 from flocktune.training import (
     Adjust,
@@ -58,13 +60,14 @@ def train_locally(
     *,
     rounds: int,
     loss: Loss | None = None,
+    prefix: Prefix | None = None,
     penalty: Penalty | None = None,
     gradient: Gradient = mean_gradient,
     adjust: Adjust | None = None,
 ) -> Update:
     """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
 
-    ``loss``: default, that of ``data``. ``penalty`` is added to that of the recipe. ``weights``: ``examples``,
+    ``loss``: default, that of ``data``; ``prefix``: what it runs on, where that is next-token loss. ``penalty`` is added to that of the recipe. ``weights``: ``examples``,
     ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the whole run. The same task gives
     the same update. Raises NotFinite.
     """
@@ -83,24 +86,39 @@ def train_locally(
         gradient = data.private.gradient(key, local.batch_size)
     batches = TimedBatches(rows)
     penalties = [part for part in (penalty, _proximal(adapter, received, local)) if part is not None]
-    with training_only(adapter, received) as parameters:
-        metrics = fit(
-            adapter.model,
-            parameters,
-            batches,
-            settings,
-            total_steps=steps * rounds if whole_run else steps,
-            first_step=steps * task.round if whole_run else 0,
-            penalty=_sum_of(penalties),
-            seed=derive_seed(task.seed, "dropout"),
-            loss=loss or data.loss,
-            gradient=gradient,
-            adjust=adjust,
+    whole_penalty = _sum_of(penalties)
+    total_steps, first_step = (steps * rounds, steps * task.round) if whole_run else (steps, 0)
+    seed = derive_seed(task.seed, "dropout")
+    turn = gathered()
+    usual = gradient is mean_gradient and data.loss is next_token_loss and (loss is None or prefix is not None)
+    if turn is not None and usual:
+        start = adapter.snapshot()
+        job = Job(
+            adapter, tuple(received), start, batches, settings, total_steps, first_step, seed, whole_penalty, adjust, prefix
         )
+        done = turn.train(job)
+        adapter.restore(replace(start, factors={**start.factors, **done.tensors}))
+        metrics, trained = dict(done.metrics), done.tensors
+    else:
+        with training_only(adapter, received) as parameters:
+            metrics = fit(
+                adapter.model,
+                parameters,
+                batches,
+                settings,
+                total_steps=total_steps,
+                first_step=first_step,
+                penalty=whole_penalty,
+                seed=seed,
+                loss=loss or data.loss,
+                gradient=gradient,
+                adjust=adjust,
+            )
+        trained = adapter.tensors(received)
     weight = {"examples": data.examples, "tokens": data.tokens, "equal": 1}[weights]
     metrics |= data.told()
     metrics["data_seconds"] = Mean(batches.seconds, 1)
-    return Update(subtract(adapter.tensors(received), received), float(weight), 1, metrics)
+    return Update(subtract(trained, received), float(weight), 1, metrics)
 
 
 def _proximal(adapter: Adapter, received: Tensors, local: LocalConfig) -> Penalty | None:

@@ -1,4 +1,8 @@
-"""Where clients' tasks run, as settings of a recipe. The result is the same, bit for bit on CPUs, whichever it is."""
+"""Where clients' tasks run, as settings of a recipe.
+
+The result is the same, bit for bit on CPUs, whichever it is, where every client is trained by itself; clients trained at
+once (``in_process`` with ``stack``) give it to the rounding of sums.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,14 @@ from flocktune.config.numbers import Count, NonNegative, Positive, PositiveFloat
 
 @dataclass(frozen=True)
 class InProcessEngine:
-    """Every client in this process, one after another, on one resident base model."""
+    """Every client in this process, on one resident base model.
 
+    ``stack``: how many clients are trained at once; ``auto`` is as many as ``stack_mb`` megabytes hold of what they
+    train and of what a step keeps for them, which depends on the recipe alone; 1 is one after another.
+    """
+
+    stack: Positive | Literal["auto"] = "auto"
+    stack_mb: Positive = 2048
     kind: Literal["in_process"] = "in_process"
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from flocktune.errors import FlocktuneError, UpdateRefused
+from flocktune.gathering import gathered
 from flocktune.interfaces import ClientHalf, Memory, Transform
 from flocktune.tensors import group, mismatches, prefixed, without
 from flocktune.types import ClientTask, Expected, Failure, Mean, Tensors, Update
@@ -89,12 +90,14 @@ def answer(task: ClientTask, half: ClientHalf, memory: Memory) -> tuple[Update |
 
     On failure the memory stays as it was. The metric ``seconds`` is added to the update.
     """
-    started = time.perf_counter()
+    turn = gathered()
+    clock = turn.clock if turn else time.perf_counter
+    started = clock()
     try:
         update, new_memory = half(task, memory)
     except Exception as error:  # a client's fault, whatever it is, must not end the others' run
         expected = isinstance(error, FlocktuneError)
         _LOG.warning("round %d, %s failed: %s", task.round, task.client, error, exc_info=not expected)
         return Failure(task.client, str(error) if expected else f"{type(error).__name__}: {error}"), memory
-    seconds = Mean(time.perf_counter() - started, 1)
+    seconds = Mean(clock() - started, 1)
     return replace(update, metrics={**update.metrics, "seconds": seconds}), new_memory

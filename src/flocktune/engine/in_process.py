@@ -1,4 +1,4 @@
-"""The default engine: every client in this process, one after another, on one resident base model."""
+"""The default engine: every client in this process, on one resident base model, several at once where they can be."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
+from itertools import count, islice
 from statistics import NormalDist
 
 from flocktune.engine.client import answer
+from flocktune.gathering import Together
 from flocktune.interfaces import ClientHalf, Issued, Memory, keep
 from flocktune.seeds import derive_seed
 from flocktune.types import ClientTask, Failure, Update
@@ -17,14 +19,23 @@ from flocktune.types import ClientTask, Failure, Update
 
 @dataclass
 class InProcess:
-    """Runs tasks lazily: the next client starts when its reply is asked for."""
+    """Runs tasks lazily: the next client starts when its reply is asked for, and with it those that are trained at the
+    same time (``together``; None is one after another)."""
 
     half: ClientHalf
     memories: dict[str, Memory] = field(default_factory=dict)
+    together: Together | None = None
 
     def run(self, tasks: Iterable[ClientTask], wanted: int) -> Iterator[Update | Failure]:
-        """One reply for each task, in task order."""
-        return map(self._reply, tasks)
+        """One reply for each task, in task order. No more clients work than may be needed for ``wanted`` updates."""
+        if self.together is None:
+            yield from map(self._reply, tasks)
+            return
+        rest = iter(tasks)
+        while some := list(islice(rest, max(1, min(self.together.width, wanted)))):
+            for reply in self.together.run([partial(self._reply, task) for task in some]):
+                wanted -= isinstance(reply, Update)
+                yield reply
 
     def stream(self, issue: Callable[[], Issued | None]) -> Iterator[tuple[ClientTask, Update | Failure]]:
         """Replies in the order in which clients that work at the same time would be done.

@@ -147,6 +147,26 @@ def _plain_bases(modules: Sequence[LoraLinear]) -> Bases:
     return tuple(found) if len(found) == len(modules) else ()
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What an adapter's factors and side changes were at one time, as copies."""
+
+    factors: Tensors
+    sides: Mapping[str, tuple[Tensor, ...]]
+
+    def differs(self, other: Snapshot, but: Container[str]) -> bool:
+        """Whether anything is not the same in both, but for factors of names in ``but``."""
+        mine, theirs = ({n: v for n, v in each.factors.items() if n not in but} for each in (self, other))
+        if mine.keys() != theirs.keys() or self.sides.keys() != other.sides.keys():
+            return True
+        pairs = [(value, theirs[name]) for name, value in mine.items()]
+        for name, side in self.sides.items():
+            if len(side) != len(other.sides[name]):
+                return True
+            pairs += zip(side, other.sides[name], strict=True)
+        return not all(one is another or torch.equal(one, another) for one, another in pairs)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The factors attached to a model. ``parameters`` are the live ones, in the order of the model's modules."""
@@ -184,14 +204,16 @@ class Adapter:
         for layer in self.layers.values():
             layer.side = ()
 
-    def frozen(self, trained: Container[str]) -> list[Tensor]:
-        """What else makes the model what it is while ``trained`` factors are trained: those of modules that have none
-        of them, and side changes. Live tensors."""
-        found = [part for layer in self.layers.values() for part in layer.side]
+    def snapshot(self) -> Snapshot:
+        """All factors as they are now, where they are, and side changes."""
+        factors = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return Snapshot(factors, {name: layer.side for name, layer in self.layers.items() if layer.side})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Be again as a snapshot says."""
+        self.put(snapshot.factors)
         for name, layer in self.layers.items():
-            if name + A_SUFFIX not in trained and name + B_SUFFIX not in trained:
-                found += [layer.lora_A.detach(), layer.lora_B.detach()]
-        return found
+            layer.side = snapshot.sides.get(name, ())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -29,11 +29,7 @@ class Stack:
     def __init__(self, adapter: Adapter, trained: Collection[str], clients: int) -> None:
         self.adapter = adapter
         self.names = {layer: name for name, layer in adapter.layers.items()}
-        self.groups = [
-            group
-            for group in dict.fromkeys(layer.beside for layer in adapter.layers.values())
-            if any(self.names[layer] + end in trained for layer in group.modules for end in (A_SUFFIX, B_SUFFIX))
-        ]
+        self.groups = _groups_of(adapter, trained)
         like = next(iter(adapter.parameters.values()))
         self.places: dict[str, tuple[int, tuple[int, ...]]] = {}
         blocks = sorted(self._blocks(), key=lambda names: names[0] not in trained)  # stable: the trained ones first
@@ -110,6 +106,18 @@ class Stack:
 
         factors = [[b(buffer, layer) for layer in group.modules] for buffer in (self.values, self.sums)]
         return StackedPaths(a(self.values), factors[0], a(self.sums), factors[1], leaf)
+
+
+def stacked_names(adapter: Adapter, trained: Collection[str]) -> set[str]:
+    """The factors that clients trained at once have each of their own: those of groups in which one is trained."""
+    groups = set(_groups_of(adapter, trained))
+    names = [name for name, layer in adapter.layers.items() if layer.beside in groups]
+    return {name + end for name in names for end in (A_SUFFIX, B_SUFFIX)}
+
+
+def _groups_of(adapter: Adapter, trained: Collection[str]) -> list[SharedInput]:
+    own = [layer.beside for name, layer in adapter.layers.items() if {name + A_SUFFIX, name + B_SUFFIX} & set(trained)]
+    return list(dict.fromkeys(own))
 
 
 def _stored_shape(name: str, value: Tensor) -> tuple[int, ...]:
