@@ -62,6 +62,7 @@ from flocktune.protection import (
 from flocktune.resident import Base, Instructions, base_digest, load_base
 from flocktune.scheduling import Cohort
 from flocktune.sides import adapter_client, clients_side, corrected, emulator_client, preferences_of, trained_names
+from flocktune.stacking import together
 from flocktune.starting import starting_adapter, starting_emulator
 from flocktune.types import ClientTask, Expected, Tensors, Update
 
@@ -216,7 +217,9 @@ def engine_of(config: RunConfig, fed: Assembly, folder: Path, secret: bytes | No
     """Where the tasks of the run in ``folder`` are done, as long as the block lasts. Raises UserError."""
     match config.engine:
         case InProcessEngine():
-            yield InProcess(fed.client)
+            clients = fed.emulated.base if fed.emulated else fed.base
+            names = trained_names(clients.adapter, fed.emulated)
+            yield InProcess(fed.client, together=together(config.engine, clients.adapter, names))
         case RayEngine():
             own_bundle = str(folder.resolve() / "emulator") if fed.emulated else None
             clients_own = secret.hex() if secret and isinstance(privacy_in_force(config), SamplePrivacy) else None

@@ -90,7 +90,7 @@ def measure_step(model: PreTrainedModel, batch: Batch, loss: Loss = next_token_l
     layers = list(layers_of(model, layer_stack(model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
-    placed, kept = batch.to(device), _Kept(model)
+    placed, kept = batch.to(device), Kept(model)
     counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
     meter = _Meter(counter.get_total_flops)
     with (
@@ -190,7 +190,7 @@ def _steps(adapter: Adapter, batch: Batch, plan: SplitPlan | None, config: RunCo
         return [measure_step(adapter.model, batch, prefix.loss) for _ in range(times)]
 
 
-class _Kept:
+class Kept:
     """What autograd saves: storages by address, each once, without those of the model."""
 
     def __init__(self, model: nn.Module) -> None:

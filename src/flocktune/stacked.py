@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -44,12 +44,8 @@ if TYPE_CHECKING:
 class Prefix(Protocol):
     """What comes out of a frozen part of the model, which a client's prefix keeps between epochs."""
 
-    def rows(self, batch: Batch) -> list[Tensor]:
-        """Of every row of ``batch``, [length, D]."""
-        ...
-
-    def token_losses(self, batch: Batch, rows: Sequence[Tensor]) -> Tensor:
-        """Nats at each label [N], through the rest of the model from ``rows``, those of ``batch``."""
+    def token_losses(self, batch: Batch, parts: Sequence[tuple[Any, Batch]]) -> Tensor:
+        """Nats at each label [N] of ``batch``, which has the rows of ``parts``: each with its own prefix."""
         ...
 
 
@@ -206,8 +202,7 @@ def _backward(model: PreTrainedModel, stack: Stack, parts: Sequence[Part], nats:
     if prefix is None:
         losses = token_losses(model, batch)
     else:
-        rows = [row for client, own in parts for row in client.job.prefix.rows(own.to(device))]
-        losses = prefix.token_losses(batch, rows)
+        losses = prefix.token_losses(batch, [(client.job.prefix, own.to(device)) for client, own in parts])
     units = np.repeat([1 / max(1, client.step_units) for client, _ in parts], together.labels)
     (losses * torch.from_numpy(units).to(losses)).sum().backward()
     sums = [piece.sum() for piece in losses.detach().split(together.labels)]

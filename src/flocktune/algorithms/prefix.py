@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flocktune.config.schema import EmulatorConfig
 from flocktune.data.batching import Batch
+from flocktune.data.merging import token_rows
 from flocktune.models.layers import hidden_states, layers_of, starting_from
 from flocktune.models.row_attention import rows_apart
-from flocktune.training import Loss, next_token_loss
+from flocktune.training import Loss, next_token_loss, token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,29 +69,19 @@ class PrefixCache:
         with starting_from(self.model, self.stack, self.layer, self.states(batch)):
             yield
 
-    @torch.no_grad()
+    def token_losses(self, batch: Batch, parts: Sequence[tuple[PrefixCache, Batch]]) -> Tensor:
+        """Nats at each label [N] of ``batch``, which has the rows of several clients' batches, one after another."""
+        with starting_from(self.model, self.stack, self.layer, laid_out(states_of(parts), batch)):
+            return token_losses(self.model, batch)
+
     def states(self, batch: Batch) -> Tensor:
         """What goes into ``layer`` for ``batch``, of the shape of its input_ids and D; zeros where rows are padded."""
-        ids = batch.input_ids
-        rows = list(_rows(batch))
-        missing = [place for place, index in enumerate(batch.index) if int(index) not in self.kept]
-        packed = batch.position_ids is not None
-        fresh = dict(zip(missing, self._compute([rows[place] for place in missing], packed=packed), strict=True))
-        found = [
-            fresh[place] if place in fresh else self.kept[int(index)]().to(ids.device)
-            for place, index in enumerate(batch.index)
-        ]
-        for place, states in fresh.items():
-            self._keep(int(batch.index[place]), states)
-        own = [states.to(self.model.dtype) for states in found]
-        if packed:
-            return torch.cat(own).unsqueeze(0)
-        return pad_sequence(own, batch_first=True)
+        return laid_out(states_of([(self, batch)]), batch)
 
-    def _compute(self, rows: list[Tensor], *, packed: bool) -> list[Tensor]:
+    def compute(self, rows: list[Tensor], *, packed: bool) -> list[Tensor]:
+        """Of rows of tokens, what goes into ``layer``, [length, D] each, computed in one forward pass."""
         if not rows:
             return []
-        self.computed_rows += len(rows)
         lengths = [len(row) for row in rows]
         wanted = [layers_of(self.model, self.stack)[self.layer]]
         if packed:
@@ -104,11 +95,47 @@ class PrefixCache:
             states = [state[:length] for state, length in zip(hidden, lengths, strict=True)]
         return [state.to(self.dtype or state.dtype) for state in states]
 
-    def _keep(self, index: int, states: Tensor) -> None:
+    def keep(self, index: int, states: Tensor) -> None:
+        """Keep a row's states, if they fit."""
+        self.computed_rows += 1
         size = states.numel() * states.element_size()
         if size <= self.left:
             self.left -= size
             self.kept[index] = _on_disk(self.file, states) if self.file else _in_memory(states)
+
+
+@torch.no_grad()
+def states_of(parts: Sequence[tuple[PrefixCache, Batch]]) -> list[Tensor]:
+    """States [length, D] of every row of some batches, from each one's cache, or computed, all at once, and kept there.
+
+    The caches are of one model as it is now.
+    """
+    first, batch = parts[0]
+    missing = {
+        (part, place): row
+        for part, (cache, own) in enumerate(parts)
+        for place, (index, row) in enumerate(zip(own.index, token_rows(own), strict=True))
+        if int(index) not in cache.kept
+    }
+    computed = first.compute(list(missing.values()), packed=batch.position_ids is not None)
+    fresh = dict(zip(missing, computed, strict=True))
+    found: list[Tensor] = []
+    for part, (cache, own) in enumerate(parts):
+        for place, index in enumerate(own.index):
+            known = fresh.get((part, place))
+            states = cache.kept[int(index)]() if known is None else known
+            found.append(states.to(device=own.input_ids.device, dtype=first.model.dtype))
+    for (part, place), states in fresh.items():
+        cache, own = parts[part]
+        cache.keep(int(own.index[place]), states)
+    return found
+
+
+def laid_out(rows: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Rows [length, D] as they lie in ``batch``: end to end [1, T, D], or padded with zeros [B, T, D]."""
+    if batch.position_ids is not None:
+        return torch.cat(list(rows)).unsqueeze(0)
+    return pad_sequence(list(rows), batch_first=True)
 
 
 def _in_memory(states: Tensor) -> Callable[[], Tensor]:
@@ -128,13 +155,3 @@ def _on_disk(file: BinaryIO, states: Tensor) -> Callable[[], Tensor]:
         return torch.frombuffer(blob, dtype=states.dtype).view(states.shape)
 
     return read
-
-
-def _rows(batch: Batch) -> Iterator[Tensor]:
-    """The tokens of each row, int64 [length]."""
-    lengths = [int(length) for length in batch.lengths]
-    if batch.position_ids is not None:
-        yield from batch.input_ids[0].split(lengths)
-        return
-    for row, length in zip(batch.input_ids, lengths, strict=True):
-        yield row[:length]

@@ -29,7 +29,7 @@ class Merged:
 def merged(parts: Sequence[Batch], *, packed: bool) -> Merged:
     """Rows of ``parts`` in their order: end to end in one row, or padded to the longest of all."""
     lengths = np.concatenate([part.lengths for part in parts])
-    rows = [row for part in parts for row in rows_of(part)]
+    rows = [row for part in parts for row in token_rows(part)]
     if packed:
         input_ids = torch.cat(rows).unsqueeze(0)
         position_ids = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
@@ -58,7 +58,7 @@ def merged(parts: Sequence[Batch], *, packed: bool) -> Merged:
     return Merged(batch, tuple(map(len, places)), tuple(map(len, labels)), tuple(places))
 
 
-def rows_of(batch: Batch) -> list[Tensor]:
+def token_rows(batch: Batch) -> list[Tensor]:
     """The tokens of each row, int64 [length]."""
     lengths = batch.lengths.tolist()
     if batch.position_ids is not None:
