@@ -94,7 +94,17 @@ def train_locally(
     if turn is not None and usual:
         start = adapter.snapshot()
         job = Job(
-            adapter, tuple(received), start, batches, settings, total_steps, first_step, seed, whole_penalty, adjust, prefix
+            adapter,
+            tuple(received),
+            start,
+            batches,
+            settings,
+            total_steps,
+            first_step,
+            seed,
+            whole_penalty,
+            adjust,
+            prefix,
         )
         done = turn.train(job)
         adapter.restore(replace(start, factors={**start.factors, **done.tensors}))

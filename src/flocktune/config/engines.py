@@ -1,7 +1,7 @@
 """Where clients' tasks run, as settings of a recipe.
 
-The result is the same, bit for bit on CPUs, whichever it is, where every client is trained by itself; clients trained at
-once (``in_process`` with ``stack``) give it to the rounding of sums.
+The result is the same, bit for bit on CPUs, whichever it is, where every client is trained by itself; clients trained
+at once (``stack``) give it to the rounding of sums.
 """
 
 from __future__ import annotations

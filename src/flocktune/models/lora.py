@@ -131,7 +131,7 @@ class SharedInput:
             a, b = [each.lora_A for each in self.modules], [each.lora_B for each in self.modules]
             outputs = LowRank.apply(x, mask, first.scale, bases, *a, *b)
         if not bases:
-            outputs = [module.base(x) + out for module, out in zip(self.modules, outputs, strict=True)]
+            outputs = tuple(module.base(x) + out for module, out in zip(self.modules, outputs, strict=True))
         return [out.unflatten(0, shape) for out in outputs]
 
 

@@ -65,8 +65,7 @@ class LowRank(torch.autograd.Function):
         if any(wanted[4 + modules :]):
             each = low.chunk(modules, 1) if modules > 1 else (low,)
             of_b = [
-                torch.mm(own.t(), dy).to(ctx.dtypes[-1]).mul_(scale).t()
-                for own, dy in zip(each, changes, strict=True)
+                torch.mm(own.t(), dy).to(ctx.dtypes[-1]).mul_(scale).t() for own, dy in zip(each, changes, strict=True)
             ]
         d_x = None
         if wanted[0]:
