@@ -67,9 +67,10 @@ def train_locally(
 ) -> Update:
     """Train the tensors named in ``received`` (they, and all others, are loaded already) and return their change.
 
-    ``loss``: default, that of ``data``; ``prefix``: what it runs on, where that is next-token loss. ``penalty`` is added to that of the recipe. ``weights``: ``examples``,
-    ``tokens`` or ``equal``. ``rounds`` is needed for a learning rate that runs over the whole run. The same task gives
-    the same update. Raises NotFinite.
+    ``loss``: default, that of ``data``; ``prefix``: what it starts from, where it is next-token loss. ``penalty`` is
+    added to that of the recipe. ``weights``: ``examples``, ``tokens`` or ``equal``. ``rounds`` is needed for a learning
+    rate that runs over the whole run. Where clients are gathered, this one is trained together with others. The same
+    task gives the same update, to the rounding of sums when others are trained with it. Raises NotFinite.
     """
     # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
     received = {name: received[name] for name in adapter.parameters if name in received}
