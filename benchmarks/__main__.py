@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from benchmarks.paired import Options, Result
 
 NAMES = (
+    "start",
     "overhead",
     "lora_step",
     "alternative",
-    "server_memory",
+    "aggregate",
     "client_cost",
     "gpu",
     "scale_out",

@@ -16,6 +16,7 @@ from flocktune.data.encoding import encode
 from flocktune.data.sources import read_examples
 from flocktune.models.lora import attach
 from flocktune.training import next_token_loss
+from flocktune.types import ClientTask
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -89,13 +90,40 @@ def test_every_variant_trains_alike(measured: Any) -> None:
     assert len(result["rows"]) == 11
 
 
-def test_server_memory_runs_in_processes_of_its_own(measured: Any) -> None:
-    result, _ = measured("server_memory")
+def test_aggregation_is_that_of_a_round_and_its_peaks_those_of_processes_of_their_own(measured: Any) -> None:
+    result, _ = measured("aggregate")
     peaks = result["values"]["peak_bytes"]
-    assert list(peaks) == ["2 clients, diagnostics over 2", "20 clients, diagnostics over 2"]
-    adapter_bytes = 4 * 2 * 8 * 256 * 4
-    assert all(4 * adapter_bytes < peak for peak in peaks.values())  # two updates, what they lead to, the mean
-    assert set(result["values"]["seconds"]) == {"read", "aggregate"}
+    assert list(peaks) == [f"{clients} clients, diagnostics over {kept}" for kept in (0, 10) for clients in (10, 20)]
+    adapter_bytes = 4 * 2 * 8 * 4096 * 4
+    assert all(3 * adapter_bytes < peak for peak in peaks.values())  # an update, the mean, what they lead to
+    assert [row[0] for row in result["rows"][:3]] == ["adding up", "reading into one buffer", "aggregating"]
+
+
+def test_what_is_aggregated_is_what_the_files_hold(tmp_path: Path) -> None:
+    aggregate = importlib.import_module("benchmarks.aggregate")
+    case = aggregate.Case(3, modules=1, width=16, files=3)
+    files = aggregate.write_updates(tmp_path, case)
+    engine = aggregate.Mapped(aggregate.start(case), files)
+    task = ClientTask(0, "", "", {}, 0, "")
+    for number, update in enumerate(engine.run([task] * 3, 3)):
+        want = aggregate.start(case, seed=1 + number)
+        assert all(torch.equal(update.delta[name], value) for name, value in want.items())
+
+
+def test_a_start_is_measured_to_the_end_of_the_first_step(measured: Any) -> None:
+    result, page = measured("start")
+    assert [len(spent) for spent in result["values"]["seconds"].values()] == [1] * 5
+    assert set(result["values"]["times_floor"]) == {
+        "flocktune --help", "first step, tokens kept", "first step, nothing kept"
+    }  # fmt: skip
+    assert "not judged" in page
+
+
+def test_a_run_that_never_takes_a_step_is_said(tmp_path: Path) -> None:
+    start = importlib.import_module("benchmarks.start")
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="ended before its first round"):
+        start.first_step(tmp_path / "recipe.json", tmp_path / "recipe.json", tmp_path)
 
 
 def test_a_clients_cost_is_that_of_the_products_own_clients(measured: Any) -> None:
@@ -200,7 +228,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])
-    assert "overhead, lora_step, alternative, server_memory, client_cost" in capsys.readouterr().err
+    assert "start, overhead, lora_step, alternative, aggregate, client_cost" in capsys.readouterr().err
 
 
 def test_turns_alternate_and_the_first_is_left_out() -> None:

@@ -146,6 +146,13 @@ def test_mismatches_name_every_problem() -> None:
     assert mismatches(TENSORS, TENSORS) == []
 
 
+def test_what_is_not_finite_is_named_and_large_sums_are_no_fault() -> None:
+    fine = {"large": torch.full((4,), 3e38), "half": torch.full((9,), 6e4).half(), "whole": torch.arange(3)}
+    assert mismatches(fine, fine) == []
+    both = {**fine, "x": torch.tensor([math.inf, 1.0, -math.inf]), "y": torch.tensor([1.0, math.nan]).bfloat16()}
+    assert mismatches(both, both) == ["x: NaN or infinite values", "y: NaN or infinite values"]
+
+
 def test_tasks_and_updates_survive_the_wire_bit_for_bit() -> None:
     task = ClientTask(3, "hospital-ä", "fedavg", TENSORS, 2**62 + 1, "abc")
     back = build_task(json.loads(json.dumps(task_fields(task))), decode_tensors(encode_tensors(TENSORS)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,3 +346,15 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_folder() == Path("/x/flocktune")
     monkeypatch.setenv("FLOCKTUNE_CACHE", "/mine")
     assert default_cache_folder() == Path("/mine")
+
+
+def test_tokens_are_kept_and_read_without_pandas(tmp_path: Path) -> None:
+    script = (
+        "import sys, numpy as np; from pathlib import Path; from flocktune.data.encoding import *\n"
+        "made = Encoded(np.arange(5, dtype=np.int32), np.array([0, 1, 1, 0, 1], np.bool_), np.array([0, 2, 5]))\n"
+        "path = Path(sys.argv[1]); write_arrow(path, made, 0); kept, _ = read_arrow(path)\n"
+        "print(kept.tokens.tolist(), kept.trainable.tolist(), kept.offsets.tolist(), 'pandas' in sys.modules)"
+    )
+    call = [sys.executable, "-c", script, str(tmp_path / "kept.arrow")]
+    said = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert said == "[0, 1, 2, 3, 4] [False, True, True, False, True] [0, 2, 5] False\n"

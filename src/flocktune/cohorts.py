@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
 from flocktune.aggregation.robust import least_updates
 from flocktune.algorithms.local import steps_per_round
@@ -80,6 +79,8 @@ def _refuse_small_draws(fraction: float, clients: int, least: int, rounds: int) 
 
     A round with fewer than ``least`` fails, and is drawn again as it was: the run can not go on.
     """
+    from scipy.stats import binom  # late: a third of a second, and few recipes draw so
+
     chance = 1 - float(binom.sf(least - 1, clients, fraction)) ** rounds
     if chance > MOST_RISK:
         expected = f"a chance below {MOST_RISK:g} that a round has fewer than secure_aggregation.min_clients, {least}"

@@ -13,6 +13,8 @@ import math
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
 from mmap import mmap
 from typing import Any, TypeAlias
 
@@ -120,36 +122,57 @@ def decode_tensors(
         more = {name: variable for name, variable in (more or {}).items() if name not in (expected or {})}
         if expected is not None and length > _longest_header(expected) + 300 * len(more):
             raise ValueError(f"a header of {length} bytes")
-        header = json.loads(bytes(blob[8 : 8 + length]))
-        metadata = header.pop("__metadata__")
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"format {metadata.get('format')}")
-        order = list(header)
+        entries = _entries(bytes(blob[8 : 8 + length]))
+        order = list(entries)
         if expected is not None:
-            there = [name for name, variable in more.items() if name in header and _fits(header[name], variable)]
-            _refuse_header({name: entry for name, entry in header.items() if name not in there}, expected)
+            there = [name for name, variable in more.items() if name in entries and _fits(entries[name], variable)]
+            _refuse_header({name: entry for name, entry in entries.items() if name not in there}, expected)
             order = [*expected, *there]
-        values = _views(blob, 8 + length, header)
+        values = _views(blob, 8 + length, entries)
         return {name: values[name] for name in order}
     except _NOT_OURS as error:
         raise UpdateRefused(f"message: expected tensors, got bytes that do not decode ({error})") from None
 
 
-def _views(blob: Blob, start: int, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The header's tensors in ``blob`` from byte ``start`` on. Raises ValueError unless they fill it without a gap."""
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor in a header, as it says. ``place``: where its bytes begin and end in the body."""
+
+    dtype: str
+    shape: list[int]
+    place: tuple[int, int]
+
+
+@lru_cache(maxsize=8)
+def _entries(header: bytes) -> Mapping[str, _Entry]:
+    """A header's tensors by name; the honest clients of a round all send the same. Raises one of _NOT_OURS."""
+    said = json.loads(header)
+    metadata = said.pop("__metadata__")
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"format {metadata.get('format')}")
+    return {name: _Entry(entry["dtype"], entry["shape"], entry.get("data_offsets")) for name, entry in said.items()}
+
+
+def _views(blob: Blob, start: int, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The tensors in ``blob`` from byte ``start`` on. Raises ValueError unless they fill it without a gap."""
     body = torch.frombuffer(blob, dtype=torch.uint8)[start:]
-    found, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (first, last) = _NAMED[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"a shape {str(shape)[:60]}")
-        if first != end or last - first != math.prod(shape) * dtype.itemsize or last > len(body):
-            raise ValueError(f"bytes {first} to {last} of {len(body)}")
-        if (start + first) % dtype.itemsize:
-            raise ValueError(f"{dtype} at byte {start + first}")
-        found[name], end = body[first:last].view(dtype).view(shape), last
+    found: dict[str, Tensor] = {}
+    end = 0
+    lying = sorted(entries.items(), key=lambda item: item[1].place)
+    for name, entry in lying:
+        first, last = entry.place
+        if not all(type(size) is int and size >= 0 for size in entry.shape):
+            raise ValueError(f"{name[:60]}: a shape {str(entry.shape)[:60]}")
+        if first != end or last - first != math.prod(entry.shape) * _NAMED[entry.dtype].itemsize or last > len(body):
+            raise ValueError(f"{name[:60]}: bytes {first} to {last} of {len(body)}")
+        end = last
     if end != len(body):
         raise ValueError(f"{len(body) - end} bytes too many")
+    for called, group in groupby(lying, key=lambda item: item[1].dtype):  # at once: a tensor alone takes microseconds
+        run = list(group)
+        together = body[run[0][1].place[0] : run[-1][1].place[1]].view(_NAMED[called])
+        parts = together.split([math.prod(entry.shape) for _, entry in run])
+        found |= {name: part.view(entry.shape) for (name, entry), part in zip(run, parts, strict=True)}
     return found
 
 
@@ -171,32 +194,32 @@ def side_factors(expected: Tensors) -> dict[str, Variable]:
     return sides
 
 
-def _fits(entry: Mapping[str, Any], variable: Variable) -> bool:
+def _fits(entry: _Entry, variable: Variable) -> bool:
     """Whether a header's entry is of this dtype and shape."""
     dtype, shape = variable
-    have = entry["shape"]
+    have = entry.shape
     sizes = len(have) == len(shape) and all(
         want in (None, size) and type(size) is int for size, want in zip(have, shape, strict=True)
     )
-    return bool(entry["dtype"] == dtype and sizes)
+    return entry.dtype == dtype and sizes
 
 
 def _longest_header(expected: Expected) -> int:
     """Bytes that a header for ``expected`` may have. A longer one is not parsed: that takes many times its size."""
-    return 2 * len(_layout(expected)[0]) + 65_536
+    return 65_536 + sum(2 * len(name.encode()) + 256 for name in expected)
 
 
-def _refuse_header(header: Mapping[str, Any], expected: Expected) -> None:
+def _refuse_header(header: Mapping[str, _Entry], expected: Expected) -> None:
     """Raise UpdateRefused unless the header's entries are those of ``expected``; where they lie is checked later."""
     problems = [f"{name}: missing" for name in expected.keys() - header.keys()]
     problems += [f"{name[:200]}: not expected" for name in header.keys() - expected.keys()]
     for name in expected.keys() & header.keys():
         want, have = expected[name], header[name]
         dtype, shape, _ = _described(want)
-        if isinstance(want, AtMost) and have["dtype"] == dtype and _fits_in(have["shape"], want.count):
+        if isinstance(want, AtMost) and have.dtype == dtype and _fits_in(have.shape, want.count):
             continue
-        if isinstance(want, AtMost) or [have["dtype"], have["shape"]] != [dtype, shape]:
-            got = json.dumps([have["dtype"], have["shape"]])[:200]
+        if isinstance(want, AtMost) or [have.dtype, have.shape] != [dtype, shape]:
+            got = json.dumps([have.dtype, have.shape])[:200]
             atmost = "at most " if isinstance(want, AtMost) else ""
             problems.append(f"{name}: expected {atmost}{json.dumps([dtype, shape])}, got {got}")
     if problems:
@@ -219,27 +242,32 @@ def encoded_size(tensors: Expected) -> int:
     return len(header) + body
 
 
-def _layout(tensors: Expected) -> tuple[bytes, list[str], int]:
+def _layout(tensors: Expected) -> tuple[bytes, Sequence[str], int]:
     """As safetensors lays a file out: the header with what precedes it, names in the body's order, the body's bytes."""
+    described = ((name, *_described(value)) for name, value in tensors.items())
+    return _laid_out(tuple((name, dtype, *shape, size) for name, dtype, shape, size in described))
+
+
+@lru_cache(maxsize=8)
+def _laid_out(described: tuple[tuple[Any, ...], ...]) -> tuple[bytes, Sequence[str], int]:
+    """:func:`_layout` of each name, dtype, shape and bytes; a round asks for the same at every update."""
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
-    offset, described = 0, {name: _described(value) for name, value in tensors.items()}
+    offset = 0
     # safetensors' own order, then by name; it keeps every value at a multiple of its size.
     rank = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
-    order = sorted(described, key=lambda name: (-rank[described[name][0]], name))
-    for name in order:
-        dtype, shape, size = described[name]
+    for name, dtype, *shape, size in sorted(described, key=lambda entry: (-rank[entry[1]], entry[0])):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order, offset
+    return struct.pack("<Q", len(text)) + text, list(header)[1:], offset
 
 
 def _described(value: Tensor | AtMost) -> tuple[str, list[int], int]:
     """As a header has it, at most: dtype, shape, bytes."""
     if isinstance(value, AtMost):
         return _DTYPES[torch.uint8], [value.count], value.count
-    return _DTYPES[value.dtype], list(value.shape), value.numel() * value.element_size()
+    return _DTYPES[value.dtype], list(value.shape), value.nbytes
 
 
 def _build(message: type, fields: Mapping[str, Any], **more: Any) -> Any:

@@ -31,7 +31,7 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
             mean = {name: value.to(torch.float32, copy=True) for name, value in update.delta.items()}
             continue
         for name, value in update.delta.items():
-            mean[name].lerp_(value.to(torch.float32), update.weight / total)
+            mean[name].lerp_(value.float(), update.weight / total)
     if not clients:
         raise ValueError("a mean needs at least one update")
     return Update(mean, total, clients, metrics)
