@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -50,20 +51,24 @@ def run(options: Options) -> Result:
             )
         finally:
             flocktune(folder, "federation", "down", str(coordinator))
+    rate = loopback_rate()
+    floors = [2 * case.owners * seen["update_bytes"] / rate for case, seen in zip(cases, found, strict=True)]
+    reached = [least / Spread.of(seen["round_s"]).median for least, seen in zip(floors, found, strict=True)]
     rows = [
         (
             f"{case.owners} owners x {seen['update_bytes'] / MEGABYTE:.1f} MB",
             f"{Spread.of(seen['round_s'])} s",
             f"{2 * case.owners * seen['update_bytes'] / MEGABYTE / Spread.of(seen['round_s']).median:.0f} MB/s",
             f"{case.owners / Spread.of(seen['round_s']).median:.1f}",
+            f"{1000 * least:.1f} ms",
         )
-        for case, seen in zip(cases, found, strict=True)
+        for case, seen, least in zip(cases, found, floors, strict=True)
     ]
     return Result(
         title="What one coordinator carries",
         goal="none: a measurement",
         met=None,
-        header=("", "a round without training", "down and up", "updates a second"),
+        header=("", "a round without training", "down and up", "updates a second", "the bytes alone"),
         rows=rows,
         notes=(
             "Coordinator and owners share this machine; owners answer at once. When they only ask for work, and there"
@@ -71,7 +76,25 @@ def run(options: Options) -> Result:
             " address ask 100 times a second).",
         ),
         values={"cases": found, "questions_a_second": asked_a_second},
+        measured=f"at best {max(float(row[3]) for row in rows)} updates a second",
+        floor=f"the same bytes through one socket of this machine, {rate / 1e9:.1f} GB a second:"
+        f" {100 * min(reached):.2g} to {100 * max(reached):.2g} % of a round is that",
     )
+
+
+def loopback_rate(size: int = 1 << 28) -> float:
+    """Bytes a second through a TCP connection to this machine, sent and read once."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        reader, _ = server.accept()
+        started = time.perf_counter()
+        thread = threading.Thread(target=sender.sendall, args=(bytes(size),))
+        thread.start()
+        left, into = size, bytearray(1 << 20)
+        while left:
+            left -= reader.recv_into(into)
+        thread.join()
+        reader.close()
+        return size / (time.perf_counter() - started)
 
 
 def measured(folder: Path, coordinator: Path, case: Case, options: Options) -> dict[str, Any]:
