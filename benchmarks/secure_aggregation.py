@@ -156,8 +156,8 @@ def run(options: Options) -> Result:
         values={"cases": values, "difference": worst},
         measured=f"{worst:.2g}",
         floor="a client's masks, one with each other client and one of its own: ChaCha20's streams, here of"
-        f" {rate / 1e9:.2f} GB a second, are {100 * min(reached):.0f} to {100 * max(reached):.0f} % of its time. Of bytes,"
-        " the plain rounds'",
+        f" {rate / 1e9:.2f} GB a second, are {100 * min(reached):.0f} to {100 * max(reached):.0f} % of its time. Of"
+        " bytes, the plain rounds'",
     )
 
 
