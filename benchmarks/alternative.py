@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -37,6 +37,7 @@ from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say, 
 from flocktune.algorithms import fedavg
 from flocktune.algorithms.local import ClientData
 from flocktune.algorithms.rules import Sharing, diagnose
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.schema import AggregationConfig, Columns, LocalConfig, LoraConfig, ModelConfig
 from flocktune.data.batching import Batching, evaluation_batches, training_batches
 from flocktune.data.encoding import encode
@@ -49,11 +50,13 @@ from flocktune.interfaces import State
 from flocktune.models.load import load_model, load_tokenizer, pad_id
 from flocktune.models.lora import Adapter, attach, scale
 from flocktune.scheduling import Cohort
+from flocktune.stacking import together
 from flocktune.training import evaluate_loss
 from flocktune.types import Tensors
 
 GOAL = 5.0
-PADDED, OURS, OURS_BF16 = "flocktune, the whole round", "flocktune, packed rows", "the same, base in bfloat16"
+PADDED, PACKED = "flocktune, the whole round", "+ packed rows"
+OURS, OURS_BF16 = "+ clients stacked", "+ base in bfloat16"
 FLOOR = "floor: the frozen base alone"
 CPU = torch.device("cpu")
 
@@ -138,9 +141,10 @@ def _federations(options: Options, work: Work, own: Adapter, start: Tensors) -> 
         name: _plain(work, own_network(own) if switches.own_lora else usual, switches, start)
         for name, switches in LADDER.items()
     }
-    found[PADDED] = _ours(work, own, start, "padded")
-    found[OURS] = _ours(work, own, start, "packed")
-    return {**found, OURS_BF16: _ours(work, in_bfloat16, start, "packed")}
+    found[PADDED] = _ours(work, own, start, "padded", stack=1)
+    found[PACKED] = _ours(work, own, start, "packed", stack=1)
+    found[OURS] = _ours(work, own, start, "packed", stack="auto")
+    return {**found, OURS_BF16: _ours(work, in_bfloat16, start, "packed", stack="auto")}
 
 
 def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> Federation:
@@ -152,7 +156,9 @@ def _plain(work: Work, network: Network, switches: Switches, start: Tensors) -> 
     return Federation(peft_names(start), advance, own_names)
 
 
-def _ours(work: Work, adapter: Adapter, start: Tensors, batching: Batching) -> Federation:
+def _ours(
+    work: Work, adapter: Adapter, start: Tensors, batching: Batching, *, stack: int | Literal["auto"]
+) -> Federation:
     """The whole round as a run does it: engine, checks, aggregation, diagnostics, checkpoint."""
     server = fedavg.server_half(AggregationConfig())
     sharing = Sharing("fedit", work.lora.rank, scale(work.lora), 0)
@@ -175,7 +181,8 @@ def _ours(work: Work, adapter: Adapter, start: Tensors, batching: Batching) -> F
             ),
         )
 
-    engine = InProcess(fedavg.client_half(adapter, data, work.local, "examples", rounds=1))
+    half = fedavg.client_half(adapter, data, work.local, "examples", rounds=1)
+    engine = InProcess(half, together=together(InProcessEngine(stack=stack), adapter, adapter.parameters))
 
     place = Path(tempfile.mkdtemp(dir=work.folder))
 

@@ -47,8 +47,9 @@ from flocktune.types import Tensors
 from flocktune.wire import encoded_size
 
 GOAL_FLOOR, GOAL_PASSES = 1.15, 0.10
-TOLERANCE = 1e-5
-"""Of the change in a task: the largest difference over the largest value."""
+TOLERANCE = 1e-3
+"""Of the change in a task: the largest difference over the largest value. The client's loss sums in another order than
+the bare loop's, and AdamW makes steps of rounding where gradients are nearly 0."""
 MEGABYTE = 1e6
 FEDIT, FIRST, CACHED, FLOOR = "FedIT", "FedBiOT, first epoch", "FedBiOT, later epochs", "bare loop"
 TINY = Shape(6, width=32, inner=48, vocabulary=260, rows=2, tokens=16, steps=2, epochs=2)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.gpu import clients, utilisation
+from benchmarks.gpu import clients, stacked, utilisation
 from benchmarks.gpu.models import SEVEN_B, TINY, Place
 from benchmarks.paired import Options, Result, say
 
 PARTS: Mapping[str, tuple[str, Callable[[Place], Result]]] = {
     "utilisation": (utilisation.GOAL_TOLD, utilisation.run),
+    "stacked": (stacked.GOAL_TOLD, stacked.run),
     "FedBiOT": (clients.GOAL_TOLD, clients.run),
 }
 
