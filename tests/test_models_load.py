@@ -12,6 +12,7 @@ from transformers.utils import logging
 from flocktune.config.schema import LoraConfig, ModelConfig
 from flocktune.errors import UserError
 from flocktune.models import load
+from flocktune.models.int8 import Int8Linear
 from flocktune.models.load import (
     describe,
     load_model,
@@ -261,3 +262,59 @@ def test_gradient_checkpointing_changes_nothing_but_memory(family: str, tmp_path
 def test_gradient_checkpointing_needs_layers() -> None:
     with pytest.raises(UserError, match="gradient_checkpointing"):
         checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+# --- 8 bits on a CPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_products_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 10)
+    packed = Int8Linear(plain.to(dtype))
+    rounded = packed.scale[:, None] * packed.weight
+    off = (rounded - plain.weight.float()).abs() / packed.scale[:, None]
+    assert float(off.detach().max()) <= 0.5 + 1e-5, "to the nearest of 255 values"
+    assert int(packed.weight.abs().max()) == 127
+    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    same = x.detach().float().requires_grad_()
+    packed(x).float().square().sum().backward()
+    torch.nn.functional.linear(same, rounded.detach(), plain.bias.detach().float()).square().sum().backward()
+    assert x.grad is not None
+    assert same.grad is not None
+    assert (x.grad.float() - same.grad).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * same.grad.norm()
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    plain = torch.nn.Linear(4, 2, bias=False)
+    torch.nn.init.zeros_(plain.weight)
+    assert torch.equal(Int8Linear(plain)(torch.ones(1, 4)), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_eight_bit_base_trains_on_a_cpu(folder: Path, dtype: str) -> None:
+    whole, packed = (load_model(config(folder, dtype=dtype, quantization=bits), CPU) for bits in ("none", "8bit"))
+    linear = [module for module in packed.modules() if isinstance(module, Int8Linear)]
+    assert len(linear) == 2 * 7
+    assert not isinstance(packed.get_output_embeddings(), Int8Linear)
+    held = sum(value.numel() * value.element_size() for value in packed.parameters())
+    assert held == describe(config(folder, dtype=dtype, quantization="8bit")).base_bytes
+    with torch.no_grad():
+        near, exact = (model(input_ids=IDS, use_cache=False).logits.float() for model in (packed, whole))
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm()
+    adapter = attach(packed, LoraConfig(), seed=0)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        loss = packed(input_ids=IDS, use_cache=False).logits.square().mean()
+    loss.backward()
+    assert all(value.grad is not None for value in adapter.parameters.values())
+    unpacked = {tuple(module.weight.shape) for module in linear}
+    assert not any(saved.is_floating_point() and tuple(saved.shape) in unpacked for saved in kept)
+    with pytest.raises(UserError, match=r"model\.quantization"):
+        adapter.merge()
+
+
+def test_eight_bits_need_linear_modules(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "gpt2")
+    with pytest.raises(UserError, match="a model with linear modules"):
+        load_model(config(tmp_path, quantization="8bit"), CPU)

@@ -29,6 +29,7 @@ from flocktune.assets import embedded_model
 from flocktune.config.schema import EMBEDDED, ModelConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_file
+from flocktune.models.int8 import quantize_linears
 from flocktune.models.recompute import checkpoint_layers
 from flocktune.models.row_attention import attend_by_rows
 
@@ -127,8 +128,8 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
     Raises UserError when files are missing or damaged, or quantisation is not possible here.
     """
     quantized: dict[str, Any] = {}
-    if config.quantization != "none":
-        quantized = {"quantization_config": quantization_settings(config, device), "device_map": {"": device}}
+    if config.quantization != "none" and (settings := quantization_settings(config, device)):
+        quantized = {"quantization_config": settings, "device_map": {"": device}}
     with _loading(config, "a causal language model's weights") as (source, options):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -151,6 +152,8 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
             )
         )
     model = model if quantized else model.to(device)
+    if config.quantization != "none" and not quantized:
+        quantize_linears(model, model.get_output_embeddings())
     model.eval().requires_grad_(False)
     with quietly():
         attend_by_rows(model)
@@ -264,7 +267,10 @@ def _loading(config: ModelConfig, what: str) -> Iterator[tuple[str, dict[str, An
         raise UserError(Problem("model.path", f"{what} in {str(source)!r}", reason, fix)) from error
 
 
-def quantization_settings(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
+def quantization_settings(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig | None:
+    """For bitsandbytes; None where 8 bits are our own (:mod:`int8`). Raises UserError where it is not possible."""
+    if config.quantization == "8bit" and device.type == "cpu":
+        return None
     problems = []
     if device.type != "cuda":
         problems.append(
@@ -272,7 +278,7 @@ def quantization_settings(config: ModelConfig, device: torch.device) -> BitsAndB
                 "model.quantization",
                 f"none on {device.type}",
                 config.quantization,
-                "8bit and 4bit need an NVIDIA GPU (runtime.device: cuda).",
+                "4bit needs an NVIDIA GPU (runtime.device: cuda), 8bit one or a CPU.",
             )
         )
     if importlib.util.find_spec("bitsandbytes") is None:
