@@ -42,13 +42,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+        return (F.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         [gradient] = gradients
-        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None
+        return (gradient * scale).to(gradient.dtype) @ weight.to(gradient.dtype), None, None
 
 
 def quantize_linears(model: nn.Module, head: nn.Module | None) -> None:
