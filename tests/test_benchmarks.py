@@ -113,6 +113,8 @@ def test_what_is_aggregated_is_what_the_files_hold(tmp_path: Path) -> None:
 def test_a_start_is_measured_to_the_end_of_the_first_step(measured: Any) -> None:
     result, page = measured("start")
     assert [len(spent) for spent in result["values"]["seconds"].values()] == [1] * 5
+    processor = list(result["values"]["processor"].values())
+    assert 0 < processor[0] < processor[1] < processor[2] < processor[3]
     assert set(result["values"]["times_floor"]) == {
         "flocktune --help", "first step, tokens kept", "first step, nothing kept"
     }  # fmt: skip
