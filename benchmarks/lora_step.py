@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.networks import Network, frozen_base, own_network, peft_names, peft_network, sharing
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio, say, timed
 from benchmarks.profiled import operations, told
 from flocktune.config.schema import Columns, LoraConfig, ModelConfig
+from flocktune.costs import flop_counter
 from flocktune.data.batching import Batch, training_batches
 from flocktune.data.encoding import Encoded, encode
 from flocktune.data.sources import read_examples
@@ -265,7 +265,7 @@ def _difference(case: Case, own: Any, parameters: Mapping[str, nn.Parameter], us
 
 def _flops(variant: Variant, batch: Batch) -> int:
     """Of matrix products and attention, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         variant.loss(batch).backward()
     for parameter in variant.trained:
         parameter.grad = None

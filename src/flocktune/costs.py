@@ -10,6 +10,7 @@ counts the same).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _LOG = logging.getLogger(__name__)
 
 ATTENTION_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 """aten::_scaled_dot_product_*. Torch has no formula for a CPU's, and not in every version one for grouped heads."""
+
+IN_PLACE = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
+"""Products for which torch has formulas only where they are not in place."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def measure_step(model: PreTrainedModel, batch: Batch, loss: Loss = next_token_l
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     placed, kept = batch.to(device), Kept(model)
-    counter = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    counter = flop_counter()
     meter = _Meter(counter.get_total_flops)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -244,6 +248,15 @@ class _Meter:
     def _backward(self, _: Tensor) -> None:
         if self.reached is None:
             self.reached = self.count()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, that knows attention's kernels and products in place, too."""
+
+    def product(_: Sequence[int], left: Sequence[int], right: Sequence[int], *__: Any, **___: Any) -> int:
+        return 2 * math.prod(left) * right[-1]
+
+    return FlopCounterMode(display=False, custom_mapping={**_attention_formulas(), **dict.fromkeys(IN_PLACE, product)})
 
 
 def _attention_formulas() -> dict[Any, Any]:
