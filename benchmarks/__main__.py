@@ -20,6 +20,7 @@ NAMES = (
     "start",
     "overhead",
     "lora_step",
+    "packing",
     "alternative",
     "aggregate",
     "client_cost",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,29 @@ def test_a_step_of_lora_is_not_compared_with_other_numbers(measured: Any, monkey
     lora = importlib.import_module("flocktune.models.lora")
     monkeypatch.setattr(lora, "scale", lambda settings: 1.01 * settings.alpha / settings.rank)
     measured("lora_step", fails="not the same numbers")
+
+
+def test_packed_rows_are_the_padded_ones(measured: Any) -> None:
+    result, _ = measured("packing")
+    cases = result["values"]
+    assert list(cases) == [
+        f"model, {dtype}, {mix}" for dtype in ("float32", "bfloat16") for mix in ("shuffled", "length-grouped")
+    ]
+    for each in cases.values():
+        assert list(each["seconds"]) == list(each["losses"]) == ["padded", "packed, one mask", "packed, row by row"]
+    assert cases["model, float32, shuffled"]["share"] > cases["model, float32, length-grouped"]["share"] > 1
+
+
+def test_packed_rows_that_see_each_other_are_not_measured(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packing = importlib.import_module("benchmarks.packing")
+    real = packing.collate
+
+    def blind(*args: Any, **known: Any) -> Any:
+        batch = real(*args, **known)
+        return replace(batch, position_ids=None)
+
+    monkeypatch.setattr(packing, "collate", blind)
+    measured("packing", fails="did not train alike")
 
 
 def test_a_benchmark_that_fails_ends_no_other(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,17 @@ def test_bfloat16_is_close() -> None:
     torch.testing.assert_close(*losses, rtol=0.01, atol=0)
 
 
+def test_short_rows_of_bfloat16_attend_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.randn(3, 1, 2, 10, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = row_attention._row_by_row(*drawn.double(), (4, 6), 0.0, None)
+    found = row_attention._row_by_row(*drawn, (4, 6), 0.0, None)
+    assert torch.equal(found, exact.bfloat16())
+    monkeypatch.setattr(row_attention, "BETTER_IN_FLOAT32", 5)
+    again = row_attention._row_by_row(*drawn, (4, 6), 0.0, None)
+    assert again.dtype == torch.bfloat16
+    assert not torch.equal(again, found)
+
+
 @pytest.mark.parametrize("family", [family for family in DECODERS if family != "opt"])
 def test_windows_shorter_than_a_row_stay_exact(family: str) -> None:
     """Layers with windows leave such rows to transformers. OPT can not be packed at all: it ignores position ids."""
