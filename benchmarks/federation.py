@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.paired import Options, Result, Spread, say
 from flocktune.audit import read_audit
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.load import dump_recipe
 from flocktune.config.schema import (
     AlignmentConfig,
@@ -102,6 +103,7 @@ def recipes(options: Options, case: Case) -> Iterator[RunConfig]:
         allocation=Natural(),
         local=LocalConfig(steps=case.steps, batch_size=8, lr=1e-3),
         evaluation=EvaluationConfig(generate=False),
+        engine=InProcessEngine(stack=1),  # one after another, as what it is compared with
         runtime=RuntimeConfig(device="cpu", threads=options.threads),
     )
     yield plain

@@ -3,8 +3,6 @@
 Ours: everything between the run's start and its last checkpoint (selection, messages, training, checks, aggregation,
 diagnostics, events, checkpoints). The bare loop has its batches ready made and writes nothing. Both use the same
 resident LoRA-attached model; loading and evaluation are in neither time. The final adapters are compared.
-
-Shapes: B rows, T tokens, N label positions, D width.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.paired import Options, Result, Spread, interleaved, ratio
 from flocktune.api import run as run_flocktune
 from flocktune.assemble import Assembly, federation
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.schema import (
     DataConfig,
     EvaluationConfig,
@@ -36,6 +34,7 @@ from flocktune.data.batching import Batch, training_batches
 from flocktune.models.peft_io import import_peft
 from flocktune.report.events import LOG_NAME, read_events
 from flocktune.seeds import derive_seed
+from flocktune.training import next_token_loss
 from flocktune.types import Tensors
 
 GOAL = 1.03
@@ -60,6 +59,7 @@ def recipe(options: Options) -> RunConfig:
         allocation=Iid(clients=2 if quick else 3),
         local=LocalConfig(steps=2 if quick else 10, batch_size=4 if quick else 8, lr=1e-3),
         evaluation=EvaluationConfig(generate=False),
+        engine=InProcessEngine(stack=1),  # one after another, as what it is compared with
         runtime=RuntimeConfig(device="cpu", threads=options.threads),
     )
 
@@ -142,11 +142,10 @@ def batches_of(fed: Assembly) -> Plan:
 def bare_loop(fed: Assembly, plan: Plan) -> dict[str, Tensor]:
     """Federated averaging as one would write it down: no messages, no checks, no files. Returns the adapter.
 
-    The average is a running mean of changes, as ours is: rounded otherwise, it could not be told from other work, as
-    AdamW's first steps turn the sign of a gradient of 1e-12 into a whole learning rate.
+    The loss is ours, and the average is a running mean of changes, as ours is: rounded otherwise, it could not be told
+    from other work, as AdamW's first steps turn the sign of a gradient of 1e-12 into a whole learning rate.
     """
     model, parameters, local = fed.base.model, fed.base.adapter.parameters, fed.config.local
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
     trained = list(parameters.values())
     adapter = {name: value.clone() for name, value in fed.start.items()}
     for cohort in plan:
@@ -157,10 +156,7 @@ def bare_loop(fed: Assembly, plan: Plan) -> dict[str, Tensor]:
                     value.copy_(adapter[name])
             optimizer = torch.optim.AdamW(trained, lr=local.lr, weight_decay=local.weight_decay, fused=True)
             for batch in batches:
-                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-                at_labels = hidden.flatten(0, 1).index_select(0, batch.label_index)  # [N, D]
-                nats = F.cross_entropy(head(at_labels).float(), batch.targets, reduction="sum")
-                (nats / len(batch.targets)).backward()
+                (next_token_loss(model, batch) / len(batch.targets)).backward()
                 torch.nn.utils.clip_grad_norm_(trained, local.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
