@@ -66,8 +66,8 @@ def deployed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def one_process(cli: Callable[..., Said], deployed: Deployed, out: Path, *overrides: str) -> str:
-    """The adapter's digest after ``flocktune run`` of the same recipe."""
-    said = cli("run", deployed.recipe, *overrides, "--out", out)
+    """The adapter's digest after ``flocktune run`` of the same recipe, one client after another."""
+    said = cli("run", deployed.recipe, *overrides, "engine.stack=1", "--out", out)
     assert said.code == 0, said.all
     return str(read_json(out / "summary.json")["adapter_sha256"])
 

@@ -525,7 +525,7 @@ def test_without_compression_alignment_and_proximal_term_it_is_fedit_on_the_last
 
     biot = ("emulator.drop=0.0", "alignment.first_steps=0", "alignment.steps=0")
     targets = [f"layers.{layer}.{module}" for layer in (3, 4) for module in ("self_attn.q_proj", "mlp.down_proj")]
-    quick = ("evaluation.generate=false", "evaluation.every=0", "local.proximal_mu=0.0")
+    quick = ("evaluation.generate=false", "evaluation.every=0", "local.proximal_mu=0.0", "engine.stack=1")
     mine = api.run(load_recipe(deep.recipe, [*biot, *quick]), tmp_path / "fedbiot")
     theirs = api.run(load_recipe(deep.recipe, ["method=fedit", f"lora.targets={targets}", *quick]), tmp_path / "fedit")
     assert mine["adapter_sha256"] == theirs["adapter_sha256"]

@@ -134,7 +134,7 @@ def result(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["fedit", "fedbiot"])
 def test_a_run_on_ray_is_the_run_in_one_process(cluster, world: World, tmp_path: Path, method: str) -> None:
     overrides = FEDBIOT if method == "fedbiot" else ()
-    here = load_recipe(world.recipe, overrides)
+    here = load_recipe(world.recipe, [*overrides, "engine.stack=1"])
     api.run(here, tmp_path / "here")
     api.run(replace(here, engine=RayEngine(workers=2)), tmp_path / "ray")
     assert result(tmp_path / "ray") == result(tmp_path / "here")
@@ -143,7 +143,7 @@ def test_a_run_on_ray_is_the_run_in_one_process(cluster, world: World, tmp_path:
 @pytest.mark.parametrize("remembered", REMEMBERED)
 def test_what_clients_remember_is_the_same_on_ray(cluster, world: World, tmp_path: Path, remembered: str) -> None:
     """Control variates and personal adapters travel with their client's tasks, whichever worker gets them."""
-    here = load_recipe(world.recipe, REMEMBERED[remembered])
+    here = load_recipe(world.recipe, [*REMEMBERED[remembered], "engine.stack=1"])
     found = {}
     for name, config in {"here": here, "ray": replace(here, engine=RayEngine(workers=2))}.items():
         api.run(config, tmp_path / name)

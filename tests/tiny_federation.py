@@ -34,6 +34,7 @@ data: {train: FOLDER/owners, test: FOLDER/test.jsonl, template: short, max_token
 allocation: {kind: natural}
 local: {steps: 2, batch_size: 4, lr: 1.0e-2}
 evaluation: {generate: false}
+engine: {stack: 1}  # the bits of clients by themselves
 runtime: {device: cpu, threads: 1}
 """
 FEDBIOT = (

@@ -25,10 +25,13 @@ class Abandoned(BaseException):
 
 
 class Turn(Generic[Result]):
-    """One client's thread: it runs while it has its turn, and gives it back when it waits or is done."""
+    """One client's thread: it runs while it has its turn, and gives it back when it waits or is done.
 
-    def __init__(self, work: Callable[[], Result]) -> None:
-        self.work = work
+    ``clients``: how many there are at once.
+    """
+
+    def __init__(self, work: Callable[[], Result], clients: int = 1) -> None:
+        self.work, self.clients = work, clients
         self.mine, self.others = threading.Semaphore(0), threading.Semaphore(0)
         self.job: Job | None = None
         self.found: Trained | BaseException | None = None
@@ -40,11 +43,20 @@ class Turn(Generic[Result]):
         self.thread.start()
 
     def go_on(self) -> None:
-        """Let it run until it waits or is done."""
+        """Let it run until it waits or is done. Raises what its work raises."""
+        self.job = None
         self.since = time.perf_counter()
         self.mine.release()
         self.others.acquire()
         self.seconds += time.perf_counter() - self.since
+        if self.error is not None:
+            raise self.error
+
+    def leave(self) -> None:
+        """Let it end now, if it has not, and wait for that."""
+        self.found = Abandoned()
+        self.mine.release()
+        self.thread.join()
 
     def train(self, job: Job) -> Trained:
         """In the client's thread: wait until ``job`` is done. Raises what went wrong with it."""
@@ -56,6 +68,11 @@ class Turn(Generic[Result]):
         assert self.found is not None
         return self.found
 
+    def stay(self) -> None:
+        """In the client's thread, or for it: raise Abandoned when the round was broken off."""
+        if isinstance(self.found, Abandoned):
+            raise self.found
+
     def clock(self) -> float:
         """Seconds of this client's own work so far, and of its share of what was done together."""
         return self.seconds + time.perf_counter() - self.since
@@ -64,6 +81,7 @@ class Turn(Generic[Result]):
         self.mine.acquire()
         _HERE.turn = self
         try:
+            self.stay()
             self.result = self.work()
         except BaseException as error:
             self.error = error
@@ -91,24 +109,17 @@ class Together:
         """What ``works`` return, in their order. Raises what one of them raises."""
         if len(works) == 1:
             return [works[0]()]
-        turns = [Turn(work) for work in works]
+        turns = [Turn(work, len(works)) for work in works]
         waiting = turns
         try:
             while waiting:
                 for turn in waiting:
-                    turn.job = None
                     turn.go_on()
                 waiting = [turn for turn in turns if turn.job is not None]
                 self._train(waiting)
-        except BaseException as error:
+        finally:
             for turn in turns:
-                if turn.thread.is_alive():
-                    turn.found = Abandoned()
-                    turn.go_on()
-            raise error
-        for turn in turns:
-            if turn.error is not None:
-                raise turn.error
+                turn.leave()
         return [turn.result for turn in turns]  # type: ignore[misc]
 
     def _train(self, waiting: Sequence[Turn]) -> None:
@@ -120,7 +131,11 @@ class Together:
             rest = [turn for turn in rest if turn not in some]
             jobs = [turn.job for turn in some if turn.job is not None]
             started = time.perf_counter()
-            found = fit_stacked(jobs, packed=self.packed, tokens_at_once=self.tokens_at_once)
+            found: Sequence[Trained | Exception]
+            try:
+                found = fit_stacked(jobs, packed=self.packed, tokens_at_once=self.tokens_at_once)
+            except Exception as error:  # such as too little memory: they fail as each would alone, and the run goes on
+                found = [error] * len(jobs)
             seconds = time.perf_counter() - started
             tokens = [each.metrics["tokens"].total if isinstance(each, Trained) else 0.0 for each in found]
             for turn, each, own in zip(some, found, tokens, strict=True):

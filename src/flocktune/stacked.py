@@ -145,11 +145,14 @@ class _Client:
         return sum(batch.units for batch in self.step)
 
     def alone(self) -> None:
-        """What changes this client's gradient alone."""
-        if self.job.penalty is not None:
-            self.job.penalty(self.parameters).backward()
-        if self.job.adjust is not None:
-            self.job.adjust(self.parameters)
+        """What changes this client's gradient alone, and can go wrong for it alone."""
+        try:
+            if self.job.penalty is not None:
+                self.job.penalty(self.parameters).backward()
+            if self.job.adjust is not None:
+                self.job.adjust(self.parameters)
+        except Exception as error:
+            self.error, self.row.grad = error, None
 
     def rate(self) -> float:
         job = self.job

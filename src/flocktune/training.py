@@ -145,6 +145,7 @@ def fit(
     trained = list(parameters.values())
     device = trained[0].device
     optimizer = optimizer_of(trained, settings)
+    optimizer.zero_grad(set_to_none=True)  # a client before this one may have failed in the middle of a step
     step_losses: list[Tensor] = []
     units = tokens = 0
     with training_mode(model, trained), _seeded(device, seed):

@@ -162,16 +162,19 @@ def training_only(adapter: Adapter, names: Iterable[str]) -> Iterator[Mapping[st
 
 
 class TimedBatches:
-    """Batches as they come, and the seconds that were spent on making them."""
+    """Batches as they come, and the seconds that were spent on making them. A round that is broken off has no more."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = iter(batches)
+        self._turn = gathered()
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if self._turn is not None:
+            self._turn.stay()
         started = time.perf_counter()
         try:
             return next(self._batches)

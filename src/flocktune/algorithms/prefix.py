@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flocktune.config.schema import EmulatorConfig
 from flocktune.data.batching import Batch
 from flocktune.data.merging import token_rows
+from flocktune.gathering import gathered
 from flocktune.models.layers import hidden_states, layers_of, starting_from
 from flocktune.models.row_attention import rows_apart
 from flocktune.training import Loss, next_token_loss, token_losses
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """Hidden states [length, D] of rows, kept up to ``settings.cache_mb``; further ones are computed each time.
+    """Hidden states [length, D] of rows, kept up to ``settings.cache_mb`` of all clients who are at work at once;
+    further ones are computed each time.
 
     They are kept in memory (that of the model's device), or on disk, in a file without a name. All states pass through
     ``settings.cache_dtype``, kept or not: how many fit changes a result only by the rounding of matrix products, whose
@@ -51,7 +53,9 @@ class PrefixCache:
         self.model, self.stack, self.layer, self.above = model, stack, layer, above
         self.dtype = torch.bfloat16 if settings.cache_dtype == "bfloat16" else None
         keep = keep and layer > 0  # below the first layer there is only the embedding
-        self.left = settings.cache_mb * 2**20 if keep and settings.cache != "none" else 0
+        turn = gathered()
+        share = settings.cache_mb * 2**20 // (turn.clients if turn else 1)
+        self.left = share if keep and settings.cache != "none" else 0
         self.kept: dict[int, Callable[[], Tensor]] = {}
         # Without a name: it is gone when nobody holds it.
         on_disk = self.left and settings.cache == "disk"

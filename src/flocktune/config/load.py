@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.factors import rank_problems
 from flocktune.config.mistakes import explain
 from flocktune.config.privacy_rules import privacy_problems
@@ -74,8 +75,11 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> RunConfig:
     """Check a tree of plain values and make a :class:`RunConfig` of it. Raises UserError with every problem."""
-    if isinstance(tree.get("engine"), str):  # "engine: ray" is short for its kind with every default
-        tree = {**tree, "engine": {"kind": tree["engine"]}}
+    engine = tree.get("engine")
+    if isinstance(engine, str):  # "engine: ray" is short for its kind with every default
+        tree = {**tree, "engine": {"kind": engine}}
+    elif isinstance(engine, dict):  # settings alone are those of the default kind
+        tree = {**tree, "engine": {"kind": InProcessEngine.kind, **engine}}
     try:
         text = json.dumps(tree)
     except (TypeError, ValueError) as error:
