@@ -239,7 +239,7 @@ STEADY = Case(local={"optimizer": "sgd", "lr": 0.05})
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_to_rounding_in_what_models_are_trained_in(dtype: torch.dtype, within: float, packed: bool) -> None:
     case = replace(STEADY, packed=packed)
     adapter = adapter_of(case, dtype)
