@@ -123,6 +123,7 @@ class _Client:
         self.row = nn.Parameter(stack.values[place, : stack.trained])
         self.steps = steps_of(job.batches, job.settings)
         self.step: list[Batch] = []
+        self.drops = any(layer.dropout for layer in job.adapter.layers.values())
         self.generator = torch.Generator(stack.values.device).manual_seed(job.seed)
         corrected = job.penalty is not None or job.adjust is not None
         self.parameters = stack.parameters(place, job.trained) if corrected else {}
@@ -181,15 +182,26 @@ class _Client:
 Part: TypeAlias = tuple[_Client, Batch]
 
 
+NARROWEST = 0.8
+"""Of the widest batch's width: narrower ones are not padded to it, but go through the model by themselves."""
+
+
 def _passes(parts: Sequence[Part], packed: bool, tokens_at_once: int) -> Iterator[list[Part]]:
-    """Parts that go through the model together: never two of one client, whose draws of dropout have their order."""
+    """Parts that go through the model together, of one batch a client.
+
+    They are so few that memory holds them and, where rows are padded, so much alike that padding costs little.
+    """
+    if not packed:
+        parts = sorted(parts, key=lambda part: -int(part[1].lengths.max()))  # stable
     some: list[Part] = []
     rows = tokens = width = 0
     for client, batch in parts:
-        rows, tokens, width = rows + batch.rows, tokens + batch.tokens, max(width, int(batch.lengths.max()))
-        if some and (tokens if packed else rows * width) > tokens_at_once:
+        own = int(batch.lengths.max())
+        rows, tokens, width = rows + batch.rows, tokens + batch.tokens, max(width, own)
+        too_many = (tokens if packed else rows * width) > tokens_at_once
+        if some and (too_many or not (packed or own >= NARROWEST * width)):
             yield some
-            some, rows, tokens, width = [], batch.rows, batch.tokens, int(batch.lengths.max())
+            some, rows, tokens, width = [], batch.rows, batch.tokens, own
         some.append((client, batch))
     if some:
         yield some
@@ -209,17 +221,17 @@ def _backward(model: PreTrainedModel, stack: Stack, parts: Sequence[Part], nats:
     units = np.repeat([1 / max(1, client.step_units) for client, _ in parts], together.labels)
     (losses * torch.from_numpy(units).to(losses)).sum().backward()
     sums = [piece.sum() for piece in losses.detach().split(together.labels)]
-    nats[[client.place for client, _ in parts]] += torch.stack(sums).to(nats)
+    for (client, _), own in zip(parts, sums, strict=True):
+        nats[client.place] += own
 
 
 def _spans(parts: Sequence[Part], together: Merged, device: torch.device) -> Spans:
-    return Spans(
-        tuple(client.place for client, _ in parts),
-        together.tokens,
-        tuple(client.generator for client, _ in parts),
-        tuple(batch.input_ids.numel() for _, batch in parts),
-        tuple(places.to(device) for places in together.places),
-    )
+    clients, tokens = tuple(client.place for client, _ in parts), together.tokens
+    if not parts[0][0].drops:
+        return Spans(clients, tokens)
+    drawn = tuple(batch.input_ids.numel() for _, batch in parts)
+    places = tuple(place.to(device) for place in together.places)
+    return Spans(clients, tokens, tuple(client.generator for client, _ in parts), drawn, places)
 
 
 def _clip(stack: Stack, most: float) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Bases: TypeAlias = Sequence[tuple[Tensor, Tensor | None]]
 """W [out, in] and bias of each module; none where their product is made elsewhere, and added."""
@@ -51,6 +52,7 @@ class LowRank(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *changes: Tensor) -> tuple[Any, ...]:
         x, mask, low, a, *b = ctx.saved_tensors
         scale, modules = ctx.scale, len(b)
@@ -172,6 +174,7 @@ class StackedLowRank(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *changes: Tensor) -> tuple[Any, ...]:
         x, mask, low = ctx.saved_tensors
         scale, paths, spans = ctx.scale, ctx.paths, ctx.spans
