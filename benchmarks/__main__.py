@@ -20,6 +20,7 @@ NAMES = (
     "start",
     "overhead",
     "lora_step",
+    "stacked",
     "packing",
     "alternative",
     "aggregate",

@@ -115,12 +115,22 @@ class Spans:
 
     def of(self, x: Tensor) -> Sequence[Tensor]:
         """[T, n] cut into one piece a client."""
-        return x.split(self.lengths)
+        return x.split_with_sizes(self.lengths)
+
+    def own(self, factors: Tensor) -> Sequence[Tensor]:
+        """[C, m, n] -> [m, n] of each of the clients whose tokens are here; there may be more after them."""
+        every = factors.unbind()
+        return every if self.first else [every[client] for client in self.clients]
+
+    @cached_property
+    def first(self) -> bool:
+        """Whether these are clients 0, 1, ... in this order."""
+        return self.clients == tuple(range(len(self.clients)))
 
     @cached_property
     def alike(self) -> bool:
         """Whether these are clients 0, 1, ... with as many tokens each: one product then does the work of a loop."""
-        return self.clients == tuple(range(len(self.clients))) and len(set(self.lengths)) == 1
+        return self.first and len(set(self.lengths)) == 1
 
     def mask(self, x: Tensor, dropout: float) -> Tensor:
         """Dropout's mask [T, in] of ``x`` [T, in]."""
@@ -201,8 +211,8 @@ def products(x: Tensor, own: Tensor, spans: Spans) -> Tensor:
         clients = len(spans.clients)
         return torch.bmm(_by_client(x, clients), own[:clients]).flatten(0, 1)
     out = x.new_empty(len(x), own.shape[2])
-    for client, piece, into in zip(spans.clients, spans.of(x), spans.of(out), strict=True):
-        torch.mm(piece, own[client], out=into)
+    for piece, factors, into in zip(spans.of(x), spans.own(own), spans.of(out), strict=False):
+        torch.mm(piece, factors, out=into)
     return out
 
 
@@ -212,8 +222,8 @@ def add_products_(out: Tensor, x: Tensor, own: Tensor, spans: Spans, alpha: floa
         clients = len(spans.clients)
         _by_client(out, clients).baddbmm_(_by_client(x, clients), own[:clients], alpha=alpha)
         return
-    for client, piece, into in zip(spans.clients, spans.of(x), spans.of(out), strict=True):
-        into.addmm_(piece, own[client], alpha=alpha)
+    for piece, factors, into in zip(spans.of(x), spans.own(own), spans.of(out), strict=False):
+        into.addmm_(piece, factors, alpha=alpha)
 
 
 def add_outer_(sums: Tensor, left: Tensor, right: Tensor, spans: Spans, alpha: float = 1.0) -> None:
@@ -226,11 +236,11 @@ def add_outer_(sums: Tensor, left: Tensor, right: Tensor, spans: Spans, alpha: f
         clients = len(spans.clients)
         sums[:clients].baddbmm_(_by_client(left, clients).transpose(1, 2), _by_client(right, clients), alpha=alpha)
         return
-    for client, one, other in zip(spans.clients, spans.of(left), spans.of(right), strict=True):
+    for one, other, total in zip(spans.of(left), spans.of(right), spans.own(sums), strict=False):
         if same:
-            sums[client].addmm_(one.t(), other, alpha=alpha)
+            total.addmm_(one.t(), other, alpha=alpha)
         else:
-            sums[client].add_(one.t() @ other, alpha=alpha)
+            total.add_(one.t() @ other, alpha=alpha)
 
 
 def _by_client(x: Tensor, clients: int) -> Tensor:
