@@ -119,6 +119,19 @@ def test_steps_and_epochs_exclude_each_other(steps, epochs) -> None:
         plan_batches([1, 2], batch_size=1, seed=0, steps=steps, epochs=epochs)
 
 
+def test_packed_batches_are_as_mixed_as_the_data() -> None:
+    rows = make_rows(*("." * (1 + row % 7) + "x" for row in range(64)))
+    spread = {}
+    for batching in ("padded", "packed"):
+        batches = training_batches(
+            rows, range(64), batch_size=8, batching=batching, pad_id=PAD, seed=0, steps=None, epochs=1
+        )
+        shown = list(batches)
+        assert sorted(int(row) for batch in shown for row in batch.index) == list(range(64))
+        spread[batching] = sum(float(batch.lengths.max() - batch.lengths.min()) for batch in shown) / len(shown)
+    assert spread["padded"] < 2 < 4 < spread["packed"]
+
+
 def test_rows_without_a_target_are_in_no_batch() -> None:
     rows = make_rows("..x", "...", ".x", "....", ".xxx")
     batches = training_batches(

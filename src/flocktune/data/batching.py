@@ -2,7 +2,7 @@
 
 B batch, T tokens, N label positions, R sequences (B when padded).
 
-Either way a batch holds the same rows and the same targets, so its loss is the same. Padded rows need
+Either way a batch of some rows has the same targets, so its loss is the same. Padded rows need
 no attention mask: padding is on the right, and causal attention never looks there. Packed rows lie end
 to end in one row; positions that restart at 0 tell transformers (5.x, when no mask and no cache are
 given) to keep them apart. Models that know no positions ignore this: see :func:`packing_leak`.
@@ -117,9 +117,15 @@ def collate(rows: Encoded, indices: Sequence[int] | Indices, *, batching: Batchi
 
 
 def plan_batches(
-    lengths: Sequence[int] | Indices, *, batch_size: int, seed: int, steps: int | None, epochs: int | None
+    lengths: Sequence[int] | Indices,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: int | None,
+    epochs: int | None,
+    alike: bool = True,
 ) -> list[Indices]:
-    """Which rows go into which batch, as indices into ``lengths``.
+    """Which rows go into which batch, as indices into ``lengths``; ``alike``: rows of a batch are of like length.
 
     Every row once an epoch; each epoch is shuffled anew from ``seed``, and its last batch may be short.
     Exactly one of ``steps`` (that many batches, over as many epochs as that takes) and ``epochs`` is
@@ -131,12 +137,12 @@ def plan_batches(
     if not len(sizes):
         raise ValueError("there is no row to make batches of")
     if epochs is not None:
-        return [batch for epoch in range(epochs) for batch in _epoch(sizes, batch_size, seed, epoch)]
+        return [batch for epoch in range(epochs) for batch in _epoch(sizes, batch_size, seed, epoch, alike)]
     plan: list[Indices] = []
     for epoch in count():
         if len(plan) >= (steps or 0):
             return plan[:steps]
-        plan += _epoch(sizes, batch_size, seed, epoch)
+        plan += _epoch(sizes, batch_size, seed, epoch, alike)
     raise AssertionError("count() never ends")
 
 
@@ -153,10 +159,13 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Batches of rows ``indices`` in the order of :func:`plan_batches`; rows without a target are left out.
 
+    Rows are padded beside rows of like length; packed ones need not be alike, and batches are then as mixed as the data.
     Raises UserError, at once, when no row is left.
     """
     rows = trainable_rows(encoded, indices)
-    plan = plan_batches(encoded.lengths[rows], batch_size=batch_size, seed=seed, steps=steps, epochs=epochs)
+    plan = plan_batches(
+        encoded.lengths[rows], batch_size=batch_size, seed=seed, steps=steps, epochs=epochs, alike=batching == "padded"
+    )
     return (collate(encoded, rows[batch], batching=batching, pad_id=pad_id) for batch in plan)
 
 
@@ -198,9 +207,11 @@ def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocabulary: int) ->
     return float((seen[0] - seen[1]).abs().max() / seen[0].abs().max())
 
 
-def _epoch(lengths: Indices, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+def _epoch(lengths: Indices, batch_size: int, seed: int, epoch: int, alike: bool) -> list[Indices]:
     random = np.random.default_rng(derive_seed(seed, "batches", epoch))
     order = random.permutation(len(lengths))
+    if not alike:
+        return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     batches: list[Indices] = []
     for start in range(0, len(order), batch_size * WINDOW_BATCHES):
         window = order[start : start + batch_size * WINDOW_BATCHES]

@@ -136,10 +136,13 @@ class SharedInput:
 
 
 def _plain_bases(modules: Sequence[LoraLinear]) -> Bases:
-    """Weight [out, in] and bias of every module, if all are plain; none if the product of one is its own affair."""
+    """Weight [out, in] and bias of every module, if all are plain and frozen; none if the product of one is its own
+    affair."""
     found = []
     for module in modules:
         base = module.base
+        if base.weight.requires_grad:
+            break
         if type(base) is nn.Linear:
             found.append((base.weight, base.bias))
         elif type(base) is Conv1D:
