@@ -377,7 +377,7 @@ def assert_same_answers(mine: Sequence[Update | Failure], theirs: Sequence[Updat
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
-@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+@pytest.mark.parametrize("cache", ["memory", "host", "disk", "none"])
 def test_fedbiots_clients_each_with_a_cache(cache: str, batching: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     compute = PrefixCache.compute

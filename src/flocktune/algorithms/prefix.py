@@ -34,10 +34,10 @@ class PrefixCache:
     """Hidden states [length, D] of rows, kept up to ``settings.cache_mb`` of all clients who are at work at once;
     further ones are computed each time.
 
-    They are kept in memory (that of the model's device), or on disk, in a file without a name. All states pass through
-    ``settings.cache_dtype``, kept or not: how many fit changes a result only by the rounding of matrix products, whose
-    order of sums depends on which rows are computed together. ``keep``: whether any row will come again. ``above``:
-    the loss, which may take more than one forward pass.
+    They are kept in memory, that of the model's device or the host's, or on disk, in a file without a name. All states
+    pass through ``settings.cache_dtype``, kept or not: how many fit changes a result only by the rounding of matrix
+    products, whose order of sums depends on which rows are computed together. ``keep``: whether any row will come
+    again. ``above``: the loss, which may take more than one forward pass.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class PrefixCache:
         # Without a name: it is gone when nobody holds it.
         on_disk = self.left and settings.cache == "disk"
         self.file = tempfile.TemporaryFile(prefix="flocktune-") if on_disk else None  # noqa: SIM115
+        self.on_host = settings.cache == "host"
         self.computed_rows = 0
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -105,7 +106,7 @@ class PrefixCache:
         size = states.numel() * states.element_size()
         if size <= self.left:
             self.left -= size
-            self.kept[index] = _on_disk(self.file, states) if self.file else _in_memory(states)
+            self.kept[index] = _on_disk(self.file, states) if self.file else _in_memory(states, self.on_host)
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def states_of(parts: Sequence[tuple[PrefixCache, Batch]]) -> list[Tensor]:
         for place, index in enumerate(own.index):
             known = fresh.get((part, place))
             states = cache.kept[int(index)]() if known is None else known
-            found.append(states.to(device=own.input_ids.device, dtype=first.model.dtype))
+            found.append(states.to(own.input_ids.device, first.model.dtype, non_blocking=True))
     for (part, place), states in fresh.items():
         cache, own = parts[part]
         cache.keep(int(own.index[place]), states)
@@ -142,7 +143,10 @@ def laid_out(rows: Sequence[Tensor], batch: Batch) -> Tensor:
     return pad_sequence(list(rows), batch_first=True)
 
 
-def _in_memory(states: Tensor) -> Callable[[], Tensor]:
+def _in_memory(states: Tensor, on_host: bool) -> Callable[[], Tensor]:
+    if on_host and states.is_cuda:
+        pinned = torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states)
+        return lambda: pinned
     copy = states.clone()  # a view would hold the whole batch
     return lambda: copy
 

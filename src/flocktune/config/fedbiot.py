@@ -29,7 +29,7 @@ class EmulatorConfig:
     placement: Literal["last", "first_and_last"] = "last"
     choice: Literal["uniform", "importance"] = "uniform"
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    cache: Literal["memory", "disk", "none"] = "memory"
+    cache: Literal["memory", "host", "disk", "none"] = "memory"
     cache_mb: Positive = 1024
     cache_dtype: Literal["model", "bfloat16"] = "model"
 

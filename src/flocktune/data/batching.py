@@ -159,7 +159,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Batches of rows ``indices`` in the order of :func:`plan_batches`; rows without a target are left out.
 
-    Rows are padded beside rows of like length; packed ones need not be alike, and batches are then as mixed as the data.
+    Rows are padded beside rows of like length; packed ones need not be, and batches are then as mixed as the data.
     Raises UserError, at once, when no row is left.
     """
     rows = trainable_rows(encoded, indices)

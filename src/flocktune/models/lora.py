@@ -19,6 +19,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def _plain_bases(modules: Sequence[LoraLinear]) -> Bases:
     affair."""
     found = []
     for module in modules:
-        base = module.base
+        base: Any = module.base
         if base.weight.requires_grad:
             break
         if type(base) is nn.Linear:
