@@ -106,6 +106,9 @@ def test_every_problem_is_in_one_message() -> None:
             "engine.wrokers: expected a known setting, got an unknown one. Did you mean",
         ),
         ("engine: {kind: flower, deadlines: 2}", "Did you mean engine.deadline_s?"),
+        ("engine: {stack: 0}", "engine.stack: expected"),
+        ("engine: {stack: many}", "engine.stack: expected"),
+        ("engine: {stack_md: 100}", "Did you mean engine.stack_mb?"),
         ("local: {steps: 1, correction: {kind: feddyn, alhpa: 1}}", "Did you mean local.correction.alpha?"),
         (
             "local: {steps: 1, correction: scaffold}",

@@ -22,6 +22,7 @@ from flocktune.data.batching import (
     training_batches,
 )
 from flocktune.data.encoding import Encoded
+from flocktune.data.merging import merged
 from flocktune.errors import UserError
 
 PAD, VOCABULARY = 0, 64
@@ -73,6 +74,40 @@ def test_a_label_is_the_token_after_its_position(masks, batching) -> None:
     assert torch.equal(flat[batch.label_index + 1], batch.targets)
     wanted = [int(token) for at in range(len(masks)) for token in rows.rows(at)[0][1:][rows.rows(at)[1][1:]]]
     assert batch.targets.tolist() == wanted
+
+
+PARTS = st.lists(st.tuples(MASKS, st.sampled_from(["padded", "packed"])), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(PARTS, st.sampled_from(["padded", "packed"]))
+def test_batches_merged_are_one_batch_of_all_their_rows(parts, batching) -> None:
+    rows = make_rows(*(mask for masks, _ in parts for mask in masks))
+    ends = np.cumsum([len(masks) for masks, _ in parts])
+    own = [
+        collate(rows, range(end - len(masks), end), batching=how, pad_id=PAD)
+        for end, (masks, how) in zip(ends, parts, strict=True)
+    ]
+    found = merged(own, packed=batching == "packed")
+    whole = collate(rows, range(len(rows)), batching=batching, pad_id=PAD)
+    for name in ("input_ids", "position_ids", "label_index", "targets", "index", "lengths", "labels"):
+        mine, theirs = getattr(found.batch, name), getattr(whole, name)
+        assert (mine is None and theirs is None) or np.array_equal(mine, theirs), name
+    assert found.labels == tuple(len(part.targets) for part in own)
+    assert sum(found.tokens) == found.batch.input_ids.numel()
+    pieces = found.batch.input_ids.reshape(-1).split(found.tokens)
+    trained = iter(found.batch.label_index.split(found.labels))
+    start = 0
+    for part, piece, places in zip(own, pieces, found.places, strict=True):
+        assert len(places) == len(piece)
+        width = len(piece) // part.rows
+        padded = [np.arange(width) < length for length in part.lengths]
+        real = np.concatenate(padded) if batching == "padded" else np.ones(len(piece), np.bool_)
+        assert torch.equal(part.input_ids.reshape(-1)[places][real], piece[real]), "every token is its own again"
+        assert int(places.max()) < part.input_ids.numel()
+        labels = next(trained)
+        assert torch.equal(places[labels - start], part.label_index)
+        start += len(piece)
 
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=200)

@@ -11,9 +11,6 @@ from flocktune.data.batching import evaluation_batches, training_batches
 from flocktune.data.encoding import Encoded
 from flocktune.footprint import (
     BatchShape,
-    Footprint,
-    clients_at_once,
-    footprint,
     largest_batch,
     step_bytes,
     trained_bytes,
@@ -65,19 +62,6 @@ def test_attention_is_left_as_it_was() -> None:
     assert torch.nn.functional.scaled_dot_product_attention is before
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_line_through_few_points_is_near_any_step(recompute: bool) -> None:
-    held = tiny(meta=True, recompute=recompute)
-    told = footprint(held.model, LocalConfig(), 16)
-    for shape in (SHAPE, BatchShape(8, 16, 40), BatchShape(40, 16, 200)):
-        line = told.token_bytes * shape.tokens + told.label_bytes * shape.labels
-        assert line == pytest.approx(step_bytes(held.model, shape), rel=0.25)
-
-
-def test_a_client_needs_its_batch_and_its_own_factors() -> None:
-    assert Footprint(10, 1000, 7).client(BatchShape(2, 5, 3)) == 100 + 3000 + 7
-
-
 @pytest.mark.parametrize(
     ("local", "values"),
     [(LocalConfig(), 4), (LocalConfig(optimizer="sgd"), 2), (LocalConfig(optimizer="sgd", momentum=0.9), 3)],
@@ -86,14 +70,6 @@ def test_the_optimisers_state_counts(local: LocalConfig, values: int) -> None:
     held = tiny(meta=False)
     count = sum(value.numel() for value in held.parameters.values())
     assert trained_bytes(held.model, local) == 4 * values * count
-
-
-@pytest.mark.parametrize(
-    ("needs", "budget", "wanted"),
-    [([], 10, 0), ([11], 10, 1), ([5, 5, 1], 10, 2), ([5, 4, 2], 10, 2), ([20, 1], 10, 1), ([1, 1, 1], 10, 3)],
-)
-def test_as_many_clients_as_fit_and_never_none(needs: list[int], budget: int, wanted: int) -> None:
-    assert clients_at_once(needs, budget) == wanted
 
 
 @pytest.mark.parametrize("pairs", [False, True])

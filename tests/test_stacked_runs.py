@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from conftest import World, dolly_rows, write_rows
 from flocktune import gathering
+from flocktune.assemble import federation
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.load import load_recipe
+from flocktune.estimate import Estimate, estimate, estimate_table
 from flocktune.privacy.noise import KEY_BYTES
 from flocktune.run_folder import create_run
 from flocktune.runs import SECRET, execute
+from flocktune.stacking import together
 
 QUICK = (
     "rounds=2", "evaluation.generate=false", "evaluation.every=0", "scheduling.selection.fraction=1.0",
@@ -54,6 +60,7 @@ RUNS: dict[str, tuple[tuple[str, ...], list[int]]] = {
     "DP-SGD, one after another": (
         ("privacy={kind: sample, clip_norm: 0.5, delta: 1.0e-3, noise_multiplier: 1.0}", "local.clip_norm=0",), [],
     ),
+    "an 8-bit base": (("model.quantization=8bit",), [4, 4]),
     "centralised": (("method=centralised",), []),
 }  # fmt: skip
 
@@ -135,3 +142,40 @@ def test_clients_whose_updates_are_hidden_by_noise(
         "rounds=1",
     )
     both(world, tmp_path, public, privacy, [4], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at_once"),
+    [
+        ((), 4),
+        (("engine.stack=3",), 3),
+        (("engine.stack=1",), 1),
+        (("engine=ray",), 1),
+        (("scheduling.selection.fraction=0.5",), 2),
+        (("scheduling.buffered={size: 2, concurrency: 3}",), 1),
+        (("lora.dropout=0.1", "model.gradient_checkpointing=true"), 1),
+        (("privacy={kind: sample, clip_norm: 0.5, delta: 1.0e-3, noise_multiplier: 1.0}", "local.clip_norm=0"), 1),
+        (("engine.stack_mb=1", "lora={rank: 16, targets: all-linear}"), 1),
+        (("engine.stack_mb=1", "lora={rank: 8, targets: all-linear}"), 2),
+    ],
+)
+def test_check_says_how_many_are_trained_at_once(world: World, overrides: tuple[str, ...], at_once: int) -> None:
+    """As many as a run does train at once, and what they may take together."""
+    config = load_recipe(world.recipe, [*QUICK, *overrides])
+    costs = estimate(config)
+    assert costs.at_once == at_once
+    [said] = [row for row in costs_table(costs) if "a round" in row and "clients" in row]
+    assert (f"{at_once} trained at once" in said) == (at_once > 1)
+    more = costs.memory_bytes - costs.client_memory_bytes
+    assert (more > 0) == (at_once > 1 and "engine.stack_mb=1" not in overrides)
+    assert more < 2048 * 2**20
+    fed = federation(config, secret=bytes(KEY_BYTES))
+    if isinstance(config.engine, InProcessEngine):
+        gathering = together(config.engine, fed.base.adapter, list(fed.base.adapter.parameters))
+        assert at_once in (1, min(costs.cohort, gathering.width if gathering else 1))
+
+
+def costs_table(costs: Estimate) -> list[str]:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(estimate_table(costs))
+    return console.export_text().splitlines()

@@ -216,6 +216,19 @@ def test_last_step_may_be_shorter() -> None:
     assert_same(after(pieces, replace(settings, accumulate=2)), expected, within=1e-6)
 
 
+def test_a_step_that_broke_off_leaves_nothing_to_the_next_client() -> None:
+    def breaks(parameters: Any) -> Tensor:
+        raise MemoryError
+
+    adapter, batch = tuned(), batch_of(rows(3))
+    start = adapter.tensors()
+    with pytest.raises(MemoryError):
+        train(adapter, [batch], penalty=breaks)
+    adapter.load(start)
+    train(adapter, [batch])
+    assert_same(adapter.tensors(), after([batch]))
+
+
 def test_gradient_checkpointing_trains_alike_with_dropout() -> None:
     lora, batches = replace(LORA, dropout=0.3), [batch_of(rows(4, seed)) for seed in range(3)]
     plain, checkpointed = tuned(lora=lora), tuned(lora=lora)

@@ -20,9 +20,11 @@ from flocktune.assemble import check_context, refuse_ranks
 from flocktune.cohorts import scheduler, updates_a_round
 from flocktune.config.capabilities import correction_of, personal_of
 from flocktune.config.drift import Scaffold
+from flocktune.config.engines import InProcessEngine
 from flocktune.config.factors import SIDED
 from flocktune.config.personal import Ditto, FineTune
-from flocktune.config.schema import Dpo, LoraConfig, RunConfig
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import Dpo, LoraConfig, RunConfig, SamplePrivacy
 from flocktune.data.encoding import Encoded
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
@@ -39,6 +41,7 @@ from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
 from flocktune.scheduling import Cohort
+from flocktune.stacking import clients_at_once
 from flocktune.starting import given_adapter
 from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
@@ -53,15 +56,16 @@ class Estimate:
     """Costs of a run. Bytes are of float32 factors, those of a round are the mean over all rounds.
 
     With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it. Memory is a
-    rough upper figure, said to be an estimate: ``memory_bytes`` is of one process that holds everything,
-    ``client_memory_bytes`` of a client alone. ``recompute``: gradient checkpointing, as the recipe says or as this
-    machine needs it.
+    rough upper figure, said to be an estimate: ``memory_bytes`` is of one process that holds everything and trains
+    ``at_once`` clients together, ``client_memory_bytes`` of a client alone. ``recompute``: gradient checkpointing, as
+    the recipe says or as this machine needs it.
     """
 
     base_parameters: int
     trainable_parameters: int
     clients: int
     cohort: int
+    at_once: int
     train_rows: int
     test_rows: int
     untrainable_rows: int
@@ -104,11 +108,13 @@ def estimate(config: RunConfig) -> Estimate:
     down, up = _round_bytes(config, counts.trained, list(data.clients), cohort, transforms)
     base, emulator = counts.base, counts.emulator
     client_bytes, recompute = _client_memory(config, counts, data.train.encoded)
+    at_once = min(cohort, _at_once(config, trainable, recompute))
     return Estimate(
         base_parameters=base.parameters,
         trainable_parameters=trainable,
         clients=len(sizes),
         cohort=cohort,
+        at_once=at_once,
         train_rows=sum(sizes),
         test_rows=len(data.test.examples),
         untrainable_rows=len(data.train.report.untrainable),
@@ -119,7 +125,7 @@ def estimate(config: RunConfig) -> Estimate:
         up_at_most=any(isinstance(value, AtMost) for value in on_wire(transforms, counts.trained).values()),
         steps_total=steps,
         tokens_total=int(steps * rows_per_step * mean_tokens),
-        memory_bytes=client_bytes + (base.base_bytes if emulator else 0),
+        memory_bytes=_memory(config, counts, client_bytes, at_once),
         client_memory_bytes=client_bytes,
         recompute=recompute,
         emulator=emulator,
@@ -288,6 +294,23 @@ def _client_memory(config: RunConfig, counts: _Counts, rows: Encoded) -> tuple[i
     return needed(recompute), recompute
 
 
+def _at_once(config: RunConfig, values: int, recompute: bool) -> int:
+    """How many clients are trained at once, if so many take part. Of a model with experts it may be one."""
+    engine = config.engine
+    if not isinstance(engine, InProcessEngine) or config.scheduling.buffered is not None:
+        return 1
+    own_steps = isinstance(config.local.loss, Dpo) or isinstance(privacy_in_force(config), SamplePrivacy)
+    return 1 if own_steps or (recompute and config.lora.dropout) else clients_at_once(engine, values)
+
+
+def _memory(config: RunConfig, counts: _Counts, client_bytes: int, at_once: int) -> int:
+    """Of one process with all weights, and with what the clients that are trained at once may take."""
+    training = client_bytes - counts.held.base_bytes
+    if isinstance(config.engine, InProcessEngine):
+        training = max(training, min(at_once * training, config.engine.stack_mb * 2**20))
+    return training + counts.held.base_bytes + (counts.base.base_bytes if counts.emulator else 0)
+
+
 def estimate_table(costs: Estimate) -> Table:
     """The estimate for a terminal."""
     smallest, middle, largest = costs.rows_per_client
@@ -295,7 +318,8 @@ def estimate_table(costs: Estimate) -> Table:
         "base model": f"{costs.base_parameters:,} parameters, frozen",
         "trained": f"{costs.trainable_parameters:,} parameters "
         f"({100 * costs.trainable_parameters / costs.base_parameters:.2f} %)",
-        "clients": f"{costs.clients}, {costs.cohort} a round",
+        "clients": f"{costs.clients}, {costs.cohort} a round"
+        + (f", {costs.at_once} trained at once" if costs.at_once > 1 else ""),
         "rows": f"{costs.train_rows:,} to train on, {costs.test_rows:,} held out"
         + (f", {costs.untrainable_rows:,} with nothing to learn from" if costs.untrainable_rows else ""),
         "rows a client": f"{smallest:,} to {largest:,}, median {middle:,.0f}",

@@ -9,7 +9,6 @@ The same recipe and data give the same numbers on every machine: the memory that
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,32 +54,6 @@ class BatchShape:
         return self.rows * self.length
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that training holds beside the base's weights, as a line through measured points: an upper figure.
-
-    For each token of a batch, padding included, for each label position, and for a client's own factors with their
-    gradients and the optimiser's state.
-    """
-
-    token_bytes: int
-    label_bytes: int
-    trained_bytes: int
-
-    def client(self, batch: BatchShape) -> int:
-        """What one client adds to a stack of clients that train at once, with ``batch`` its largest."""
-        return self.token_bytes * batch.tokens + self.label_bytes * batch.labels + self.trained_bytes
-
-
-def clients_at_once(needs: Sequence[int], budget: int) -> int:
-    """How many of the next clients train at once: as many from the first on as fit into ``budget`` bytes, at least one.
-
-    ``needs``: bytes of each client, in task order. Whether one more fits depends on nothing else.
-    """
-    held = np.cumsum(np.asarray(needs, np.int64))
-    return max(1, int(np.searchsorted(held, budget, side="right"))) if len(held) else 0
-
-
 def largest_batch(rows: Encoded, mine: Indices, batch_size: int, batching: Batching) -> BatchShape:
     """What no micro-batch of a client's rows is larger than. Packed rows are one row of all their tokens."""
     size = min(batch_size, len(mine))
@@ -89,19 +62,6 @@ def largest_batch(rows: Encoded, mine: Indices, batch_size: int, batching: Batch
         return BatchShape(1, int(np.sort(rows.lengths[mine])[::-1][:size].sum()), targets)
     longest = int(np.diff(rows.offsets)[rows.sequences(mine)].max(initial=0))
     return BatchShape(size * (2 if rows.pairs else 1), longest, targets)
-
-
-def footprint(model: PreTrainedModel, local: LocalConfig, length: int, loss: Loss = next_token_loss) -> Footprint:
-    """Of ``model`` on the meta device with its adapter, for rows of at most ``length`` tokens.
-
-    Its parameters that want a gradient are those that are trained. Source of the points: one row, two rows, and one
-    row with labels everywhere, each a pass over shapes.
-    """
-    one, two, labelled = (
-        step_bytes(model, BatchShape(rows, length, labels), loss) for rows, labels in ((1, 1), (2, 1), (1, 1 + length))
-    )
-    token, label = (math.ceil((more - one) / length) for more in (two, labelled))
-    return Footprint(token, label, trained_bytes(model, local))
 
 
 def training_bytes(

@@ -40,11 +40,17 @@ def together(settings: InProcessEngine, adapter: Adapter, trained: Collection[st
     """
     if settings.stack == 1 or not trained or _alone(adapter):
         return None
-    half = settings.stack_mb * 2**20 // 2
-    own = 4 * COPIES * sum(adapter.parameters[name].numel() for name in stacked_names(adapter, trained))
-    width = max(1, half // own) if settings.stack == "auto" else settings.stack
-    tokens = int(half / (PASSING * kept_bytes(adapter, trained)))
+    values = sum(adapter.parameters[name].numel() for name in stacked_names(adapter, trained))
+    width = clients_at_once(settings, values)
+    tokens = int(settings.stack_mb * 2**19 / (PASSING * kept_bytes(adapter, trained)))
     return Together(width, max(1, tokens), attend_by_rows(adapter.model)) if width > 1 else None
+
+
+def clients_at_once(settings: InProcessEngine, values: int) -> int:
+    """How many clients of so many ``values`` each are trained at once, if there are as many."""
+    if settings.stack != "auto":
+        return settings.stack
+    return max(1, settings.stack_mb * 2**19 // (4 * COPIES * values))
 
 
 def kept_bytes(adapter: Adapter, trained: Collection[str]) -> float:
