@@ -115,7 +115,7 @@ def study_notes(result: StudyResult) -> list[str]:
             "Up and down: what one client sends and receives in one round; traffic: of all clients and rounds."
         )
     if "Training" in headings:
-        notes.append("Training: time in rounds, clients one after another; loading, saving and evaluating left out.")
+        notes.append("Training: time in rounds, of all clients; loading, saving and evaluating left out.")
     return notes
 
 
