@@ -32,7 +32,7 @@ from flocktune.models.recompute import checkpoint_layers
 from flocktune.models.row_attention import attend_by_rows
 from flocktune.models.split import plan_split
 from flocktune.models.stack import mixes_clients
-from flocktune.stacked import Job, Trained, fit_stacked
+from flocktune.stacked import NARROWEST, Job, Trained, _passes, fit_stacked
 from flocktune.stacking import kept_bytes, together
 from flocktune.training import NotFinite, fit, next_token_loss, product_penalty, proximal_penalty
 from flocktune.types import ClientTask, Failure, Tensors, Update
@@ -217,6 +217,7 @@ def test_exact_in_float64(name: str) -> None:
         assert attend_by_rows(adapter.model)
     expected = [alone(job) for job in jobs_of(case, adapter)]
     jobs = jobs_of(case, adapter)
+    adapter.put({name: torch.full_like(value, 9.0) for name, value in adapter.parameters.items()})  # of another client
     found = fit_stacked(jobs, packed=case.packed, tokens_at_once=case.at_once)
     for job, mine, theirs in zip(jobs, found, expected, strict=True):
         assert_alike(mine, theirs, within=1e-12)
@@ -280,6 +281,23 @@ def test_what_goes_together() -> None:
     assert first.goes_with(replace(second, start=first.start))
     side = {name: (torch.ones(1, 32), torch.ones(32, 1)) for name in list(adapter.layers)[:1]}
     assert not first.goes_with(replace(second, start=replace(first.start, sides=side)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("most", [1, 20, 30, 60, MANY])
+def test_a_pass_holds_no_more_than_it_may_and_little_padding(most: int, packed: bool) -> None:
+    """But for a batch that alone has more."""
+    parts = [(object(), batch) for client in ROWS for batch in batches_of(client, LOCAL)]
+    passes = list(_passes(parts, packed, most))  # type: ignore[arg-type]
+    assert sorted(id(part[0]) for some in passes for part in some) == sorted(id(client) for client, _ in parts)
+    for some in passes:
+        batches = [batch for _, batch in some]
+        widths = [int(batch.lengths.max()) for batch in batches]
+        padded = max(widths) * sum(batch.rows for batch in batches)
+        assert len(some) == 1 or (sum(batch.tokens for batch in batches) if packed else padded) <= most
+        assert packed or min(widths) >= NARROWEST * max(widths)
+    assert (len(passes) == 1) == (packed and most == MANY)
+    assert (len(passes) == len(parts)) == (most == 1)
 
 
 # --- failures --------------------------------------------------------------------------------------
@@ -531,13 +549,14 @@ def test_one_work_that_breaks_ends_all_and_leaves_no_thread() -> None:
 
 def test_an_interrupt_while_a_client_trains_alone_ends_it_at_its_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal reaches the main thread, and not a client's own."""
-    before, begun = threading.active_count(), []
+    before, begun, ended = threading.active_count(), [], []
     running = threading.Event()
 
     def trains() -> None:
         begun.append("training")
-        for _ in TimedBatches(itertools.repeat(batches_of("a", LOCAL)[0])):
+        for _ in TimedBatches(itertools.repeat(batches_of("a", LOCAL)[0], 10**6)):
             running.set()
+        ended.append("training")
 
     def interrupted(turn: gathering.Turn[None]) -> None:
         turn.mine.release()
@@ -547,7 +566,7 @@ def test_an_interrupt_while_a_client_trains_alone_ends_it_at_its_next_batch(monk
     monkeypatch.setattr(gathering.Turn, "go_on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         GATHERED.run([trains, trains])
-    assert begun == ["training"]
+    assert (begun, ended) == (["training"], [])
     assert threading.active_count() == before
 
 
