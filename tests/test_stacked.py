@@ -723,6 +723,25 @@ def test_experts_mix_clients_where_they_have_an_adapter(family: str) -> None:
     assert all(layer.beside.stack is None for layer in experts.layers.values())
 
 
+class Reordered(nn.Module):
+    """All tokens, in an order of its own: as where they are sorted by their expert."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        return self.inner(flat.flip(0)).flip(0).view_as(x)
+
+
+def test_tokens_in_another_order_mix_clients_without_a_word() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Reordered(32)
+    assert mixes_clients(attach(model, replace(LORA, targets=("inner",)), seed=0))
+
+
 def test_clients_are_not_mixed_in_models_without_experts() -> None:
     for family in ("llama", "gpt2", "gemma2"):
         assert not mixes_clients(attach(tiny_model(family), LORA, seed=0))
