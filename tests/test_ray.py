@@ -257,6 +257,7 @@ def test_a_stream_has_the_order_of_one_process(engine: OnRay) -> None:
 def test_a_message_keeps_the_order_of_its_tensors() -> None:
     tensors = {f"layer.{number}": torch.full((2,), float(number)) for number in (10, 2, 33, 1, 7, 4, 12, 5)}
     fields, again = unpack(pack({"weight": 2.5}, tensors))
+    assert all(value.data_ptr() % value.element_size() == 0 for value in again.values()), "read where they lie"
     assert fields == {"weight": 2.5}
     assert list(again) == list(tensors)
     assert digest(again) == digest(tensors)

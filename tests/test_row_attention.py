@@ -176,6 +176,16 @@ def test_models_are_probed_not_known_by_name(monkeypatch: pytest.MonkeyPatch) ->
         attend_by_rows(model)
 
 
+def test_a_transformers_that_asks_for_masks_in_other_words_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = row_attention._only_causal
+    monkeypatch.setattr(
+        row_attention, "_only_causal", lambda rows, known: real(rows, {**known, "q_length": known["queries"]})
+    )
+    model = tiny_model("llama")
+    assert not attend_by_rows(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_masks_that_say_more_than_causal_are_transformers_own() -> None:
     config = tiny_model("llama").config
     config._attn_implementation = NAME

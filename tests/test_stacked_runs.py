@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from conftest import World, dolly_rows, write_rows
 from flocktune import gathering
-from flocktune.assemble import federation
+from flocktune.assemble import engine_of, federation
 from flocktune.config.engines import InProcessEngine
 from flocktune.config.load import load_recipe
+from flocktune.engine.in_process import InProcess
 from flocktune.estimate import Estimate, estimate, estimate_table
 from flocktune.privacy.noise import KEY_BYTES
 from flocktune.run_folder import create_run
 from flocktune.runs import SECRET, execute
-from flocktune.stacking import together
 
 QUICK = (
     "rounds=2", "evaluation.generate=false", "evaluation.every=0", "scheduling.selection.fraction=1.0",
@@ -159,7 +159,9 @@ def test_clients_whose_updates_are_hidden_by_noise(
         (("engine.stack_mb=1", "lora={rank: 8, targets: all-linear}"), 2),
     ],
 )
-def test_check_says_how_many_are_trained_at_once(world: World, overrides: tuple[str, ...], at_once: int) -> None:
+def test_check_says_how_many_are_trained_at_once(
+    world: World, overrides: tuple[str, ...], at_once: int, tmp_path: Path
+) -> None:
     """As many as a run does train at once, and what they may take together."""
     config = load_recipe(world.recipe, [*QUICK, *overrides])
     costs = estimate(config)
@@ -171,8 +173,9 @@ def test_check_says_how_many_are_trained_at_once(world: World, overrides: tuple[
     assert more < 2048 * 2**20
     fed = federation(config, secret=bytes(KEY_BYTES))
     if isinstance(config.engine, InProcessEngine):
-        gathering = together(config.engine, fed.base.adapter, list(fed.base.adapter.parameters))
-        assert at_once in (1, min(costs.cohort, gathering.width if gathering else 1))
+        with engine_of(config, fed, tmp_path, bytes(KEY_BYTES)) as engine:
+            assert isinstance(engine, InProcess)
+            assert at_once == (min(costs.cohort, engine.together.width) if engine.together else 1)
 
 
 def costs_table(costs: Estimate) -> list[str]:

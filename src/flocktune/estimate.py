@@ -23,8 +23,7 @@ from flocktune.config.drift import Scaffold
 from flocktune.config.engines import InProcessEngine
 from flocktune.config.factors import SIDED
 from flocktune.config.personal import Ditto, FineTune
-from flocktune.config.privacy_rules import privacy_in_force
-from flocktune.config.schema import Dpo, LoraConfig, RunConfig, SamplePrivacy
+from flocktune.config.schema import Dpo, LoraConfig, RunConfig
 from flocktune.data.encoding import Encoded
 from flocktune.emulation import bundle_of, emulator_settings, of_the_emulator, public_rows
 from flocktune.engine.client import on_wire
@@ -41,7 +40,7 @@ from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
 from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
 from flocktune.scheduling import Cohort
-from flocktune.stacking import clients_at_once
+from flocktune.stacking import clients_at_once, one_by_one
 from flocktune.starting import given_adapter
 from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
@@ -297,10 +296,9 @@ def _client_memory(config: RunConfig, counts: _Counts, rows: Encoded) -> tuple[i
 def _at_once(config: RunConfig, values: int, recompute: bool) -> int:
     """How many clients are trained at once, if so many take part. Of a model with experts it may be one."""
     engine = config.engine
-    if not isinstance(engine, InProcessEngine) or config.scheduling.buffered is not None:
+    if not isinstance(engine, InProcessEngine) or one_by_one(config):
         return 1
-    own_steps = isinstance(config.local.loss, Dpo) or isinstance(privacy_in_force(config), SamplePrivacy)
-    return 1 if own_steps or (recompute and config.lora.dropout) else clients_at_once(engine, values)
+    return 1 if recompute and config.lora.dropout else clients_at_once(engine, values)
 
 
 def _memory(config: RunConfig, counts: _Counts, client_bytes: int, at_once: int) -> int:

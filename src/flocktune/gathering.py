@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -89,6 +90,12 @@ class Turn(Generic[Result]):
             self.others.release()
 
 
+def _told_in_words(error: Exception) -> None:
+    """Its traceback, as a note: frames hold stacks and activations, and an error lives until all clients went on."""
+    error.add_note("While clients were trained at once:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    error.__traceback__ = None
+
+
 _HERE = threading.local()
 
 
@@ -109,9 +116,10 @@ class Together:
         """What ``works`` return, in their order. Raises what one of them raises."""
         if len(works) == 1:
             return [works[0]()]
-        turns = [Turn(work, len(works)) for work in works]
-        waiting = turns
+        turns: list[Turn[Result]] = []
         try:
+            turns.extend(Turn(work, len(works)) for work in works)
+            waiting = turns
             while waiting:
                 for turn in waiting:
                     turn.go_on()
@@ -137,6 +145,8 @@ class Together:
             except Exception as error:  # such as too little memory: they fail as each would alone, and the run goes on
                 found = [error] * len(jobs)
             seconds = time.perf_counter() - started
+            for one in {each for each in found if isinstance(each, Exception)}:
+                _told_in_words(one)
             tokens = [each.metrics["tokens"].total if isinstance(each, Trained) else 0.0 for each in found]
             for turn, each, own in zip(some, found, tokens, strict=True):
                 turn.found = each

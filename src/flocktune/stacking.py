@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from flocktune.algorithms.local import training_only
 from flocktune.config.engines import InProcessEngine
+from flocktune.config.privacy_rules import privacy_in_force
+from flocktune.config.schema import Dpo, RunConfig, SamplePrivacy
 from flocktune.costs import Kept
 from flocktune.data.batching import Batch
 from flocktune.gathering import Together
@@ -44,6 +46,13 @@ def together(settings: InProcessEngine, adapter: Adapter, trained: Collection[st
     width = clients_at_once(settings, values)
     tokens = int(settings.stack_mb * 2**19 / (PASSING * kept_bytes(adapter, trained)))
     return Together(width, max(1, tokens), attend_by_rows(adapter.model)) if width > 1 else None
+
+
+def one_by_one(config: RunConfig) -> bool:
+    """Whether clients are trained one after another whatever ``engine.stack`` says: on pairs of answers, on rows that
+    are hidden, and where no round waits for several."""
+    private = isinstance(privacy_in_force(config), SamplePrivacy)
+    return isinstance(config.local.loss, Dpo) or private or config.scheduling.buffered is not None
 
 
 def clients_at_once(settings: InProcessEngine, values: int) -> int:

@@ -159,6 +159,7 @@ def training_only(adapter: Adapter, names: Iterable[str]) -> Iterator[Mapping[st
     finally:
         for parameter in adapter.parameters.values():
             parameter.requires_grad_(True)
+        adapter.forget_inputs()
 
 
 class TimedBatches:

@@ -18,8 +18,8 @@ from flocktune.config.numbers import Count, NonNegative, Positive, PositiveFloat
 class InProcessEngine:
     """Every client in this process, on one resident base model.
 
-    ``stack``: how many clients are trained at once; ``auto`` is as many as ``stack_mb`` megabytes hold of what they
-    train and of what a step keeps for them, which depends on the recipe alone; 1 is one after another.
+    ``stack``: how many clients are trained at once; ``auto`` is as many as half of ``stack_mb`` megabytes holds of what
+    they train, which depends on the recipe alone; 1 is one after another. The other half is for the tokens of a pass.
     """
 
     stack: Positive | Literal["auto"] = "auto"

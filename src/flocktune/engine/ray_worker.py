@@ -55,6 +55,7 @@ class Worker:
 def pack(fields: Mapping[str, Any], tensors: Tensors) -> bytes:
     """Plain values and tensors as bytes that keep the tensors' order: sums over all of them round by it."""
     head = json.dumps({"fields": fields, "names": list(tensors)}).encode()
+    head += b" " * (-len(head) % 8)  # tensors are read in place, and lie at multiples of their sizes
     return struct.pack("<Q", len(head)) + head + encode_tensors(tensors)
 
 

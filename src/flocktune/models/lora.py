@@ -120,6 +120,10 @@ class SharedInput:
             self._input = None
         return found
 
+    def forget(self) -> None:
+        """Let go of outputs that nobody came for, and of the graph below them: a forward pass broke off."""
+        self._input, self._outputs = None, {}
+
     def _compute(self, x: Tensor) -> Sequence[Tensor]:
         shape, first = x.shape[:-1], self.modules[0]
         x = x.flatten(0, -2)
@@ -218,6 +222,11 @@ class Adapter:
         self.put(snapshot.factors)
         for name, layer in self.layers.items():
             layer.side = snapshot.sides.get(name, ())
+
+    def forget_inputs(self) -> None:
+        """Let go of what a forward pass that broke off has left in the modules."""
+        for layer in self.layers.values():
+            layer.beside.forget()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

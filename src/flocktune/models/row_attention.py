@@ -90,10 +90,11 @@ def attend_by_rows(model: PreTrainedModel) -> bool:
         return True
     if before != "sdpa":
         return False
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation(NAME)
         exact = model.config._attn_implementation == NAME and _exact(model)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # it does more with a mask than hand it on
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        # It does more with a mask than hand it on, or transformers asks for masks in other words.
         exact = False
     if not exact:
         model.set_attn_implementation(before)

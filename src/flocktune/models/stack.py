@@ -72,6 +72,7 @@ class Stack:
         finally:
             for group in self.groups:
                 group.stack = None
+            self.adapter.forget_inputs()
 
     def spanning(self, spans: Spans) -> None:
         """Say whose tokens those of the next forward pass are."""
@@ -129,7 +130,9 @@ def _stored_shape(name: str, value: Tensor) -> tuple[int, ...]:
 def mixes_clients(adapter: Adapter) -> bool:
     """Whether tokens of one client see another one's adapter, as they may where a model sends them to experts.
 
-    Two rows of random tokens go through the model with an adapter of their own, together and apart.
+    Two rows of random tokens go through the model with an adapter of their own, together and apart. What is mixed
+    differs as much as other tokens would; in bfloat16, with adapters as large as these, rounding alone is a third of
+    that after 32 layers.
     """
     model = adapter.model
     device = next(iter(adapter.parameters.values())).device
@@ -150,4 +153,5 @@ def mixes_clients(adapter: Adapter) -> bool:
     except ValueError:  # a module that got other tokens than all
         return True
     expected = torch.cat(apart)
-    return bool((together - expected).abs().max() > 1e-2 * expected.abs().max())
+    most = 1e-2 if expected.dtype.itemsize >= 4 else 0.5
+    return bool((together - expected).abs().max() > most * expected.abs().max())
