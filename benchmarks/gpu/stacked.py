@@ -42,17 +42,17 @@ class Work:
 
 
 def run(place: Place) -> Result:
-    """Turns of both. Raises RuntimeError when their losses are not the same."""
+    """Turns of both. Raises RuntimeError when their losses are not the same, or clients can not be stacked."""
     work = Work(3, 16, 2) if place.quick else Work(16, 256, 4)
     adapter = place.attached(place.model())
     local = LocalConfig(steps=work.steps, batch_size=1)
     half = fedavg.client_half(adapter, partial(_data, place, work), local, "examples", rounds=1)
     # As much memory as there is: what fits a recipe's own bound is not what is asked here.
     settings = InProcessEngine(stack=work.clients, stack_mb=100_000)
-    engines = {
-        ALONE: InProcess(half),
-        STACKED: InProcess(half, together=together(settings, adapter, adapter.parameters)),
-    }
+    gathering = together(settings, adapter, adapter.parameters)
+    if gathering is None:
+        raise RuntimeError("expected a model whose clients can be trained at once")
+    engines = {ALONE: InProcess(half), STACKED: InProcess(half, together=gathering)}
     tasks = _tasks(adapter, work.clients)
     last: dict[str, list[Update]] = {}
 

@@ -219,7 +219,7 @@ def _backward(model: PreTrainedModel, stack: Stack, parts: Sequence[Part], nats:
     else:
         losses = prefix.token_losses(batch, [(client.job.prefix, own.to(device)) for client, own in parts])
     units = np.repeat([1 / max(1, client.step_units) for client, _ in parts], together.labels)
-    (losses * torch.from_numpy(units).to(losses)).sum().backward()
+    (losses * torch.from_numpy(units).to(losses, non_blocking=True)).sum().backward()
     sums = [piece.sum() for piece in losses.detach().split(together.labels)]
     for (client, _), own in zip(parts, sums, strict=True):
         nats[client.place] += own
@@ -230,7 +230,7 @@ def _spans(parts: Sequence[Part], together: Merged, device: torch.device) -> Spa
     if not parts[0][0].drops:
         return Spans(clients, tokens)
     drawn = tuple(batch.input_ids.numel() for _, batch in parts)
-    places = tuple(place.to(device) for place in together.places)
+    places = tuple(place.to(device, non_blocking=True) for place in together.places)
     return Spans(clients, tokens, tuple(client.generator for client, _ in parts), drawn, places)
 
 

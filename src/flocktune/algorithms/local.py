@@ -76,15 +76,7 @@ def train_locally(
     received = {name: received[name] for name in adapter.parameters if name in received}
     steps = steps_per_round(local, data.examples)
     whole_run = local.schedule_over == "run"
-    micro_batches = None if local.steps is None else local.steps * local.accumulate
-    if data.private is None:
-        settings, rows = local, data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs)
-    elif gradient is not mean_gradient:
-        raise ValueError("differential privacy of rows makes a step's gradient, and so does this method")
-    else:
-        key = data.private.of_task(task, received)
-        settings, rows = data.private.settings_of(local), data.private.lots(key)
-        gradient = data.private.gradient(key, local.batch_size)
+    settings, rows, gradient = _drawn(task, received, data, local, gradient)
     batches = TimedBatches(rows)
     penalties = [part for part in (penalty, _proximal(adapter, received, local)) if part is not None]
     whole_penalty = _sum_of(penalties)
@@ -95,20 +87,11 @@ def train_locally(
     if turn is not None and usual:
         start = adapter.snapshot()
         job = Job(
-            adapter,
-            tuple(received),
-            start,
-            batches,
-            settings,
-            total_steps,
-            first_step,
-            seed,
-            whole_penalty,
-            adjust,
+            adapter, tuple(received), start, batches, settings, total_steps, first_step, seed, whole_penalty, adjust,
             prefix,
-        )
+        )  # fmt: skip
         done = turn.train(job)
-        adapter.restore(replace(start, factors={**start.factors, **done.tensors}))
+        adapter.restore(replace(start, factors={**start.factors, **done.tensors}))  # as after training alone
         metrics, trained = dict(done.metrics), done.tensors
     else:
         with training_only(adapter, received) as parameters:
@@ -130,6 +113,22 @@ def train_locally(
     metrics |= data.told()
     metrics["data_seconds"] = Mean(batches.seconds, 1)
     return Update(subtract(trained, received), float(weight), 1, metrics)
+
+
+def _drawn(
+    task: ClientTask, received: Tensors, data: ClientData, local: LocalConfig, gradient: Gradient
+) -> tuple[LocalConfig, Iterable[Batch], Gradient]:
+    """The settings, micro-batches and gradient of a task's steps: those that rows ask for that are hidden, if any are.
+
+    Raises ValueError when the method makes a step's gradient as well.
+    """
+    if data.private is None:
+        micro_batches = None if local.steps is None else local.steps * local.accumulate
+        return local, data.batches(derive_seed(task.seed, "batches"), micro_batches, local.epochs), gradient
+    if gradient is not mean_gradient:
+        raise ValueError("differential privacy of rows makes a step's gradient, and so does this method")
+    key = data.private.of_task(task, received)
+    return data.private.settings_of(local), data.private.lots(key), data.private.gradient(key, local.batch_size)
 
 
 def _proximal(adapter: Adapter, received: Tensors, local: LocalConfig) -> Penalty | None:

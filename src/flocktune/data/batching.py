@@ -70,14 +70,17 @@ class Batch:
         return int(self.lengths.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
+        """The same batch, which is in the host's memory, on ``device``. Nothing waits for the device."""
+
+        def placed(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            position_ids=positions,
-            label_index=self.label_index.to(device),
-            targets=self.targets.to(device),
+            input_ids=placed(self.input_ids),
+            position_ids=None if self.position_ids is None else placed(self.position_ids),
+            label_index=placed(self.label_index),
+            targets=placed(self.targets),
         )
 
 
