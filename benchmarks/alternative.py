@@ -48,7 +48,8 @@ from flocktune.engine.rounds import Hooks, run_rounds
 from flocktune.errors import UserError
 from flocktune.interfaces import State
 from flocktune.models.load import load_model, load_tokenizer, pad_id
-from flocktune.models.lora import Adapter, attach, scale
+from flocktune.models.lora import Adapter, attach
+from flocktune.models.lora_module import scale
 from flocktune.scheduling import Cohort
 from flocktune.stacking import together
 from flocktune.training import evaluate_loss

@@ -21,7 +21,8 @@ from flocktune.data.batching import Batch
 from flocktune.errors import UserError
 from flocktune.files import read_json
 from flocktune.models.layers import drop_layers
-from flocktune.models.lora import Adapter, attach, features
+from flocktune.models.lora import Adapter, attach
+from flocktune.models.lora_module import features
 from flocktune.models.split import SplitPlan, plan_split
 from flocktune.training import next_token_loss
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer

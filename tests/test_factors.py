@@ -34,7 +34,8 @@ from flocktune.errors import UserError
 from flocktune.estimate import estimate
 from flocktune.interfaces import Memory, State
 from flocktune.models.factors import cut, fitted, fresh, pairs, rank_in, sides, trained_in
-from flocktune.models.lora import Adapter, attach, scale
+from flocktune.models.lora import Adapter, attach
+from flocktune.models.lora_module import scale
 from flocktune.models.peft_io import export_peft, folded, import_peft
 from flocktune.results import open_result
 from flocktune.run_folder import create_run

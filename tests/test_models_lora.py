@@ -12,7 +12,8 @@ from torch import nn
 
 from flocktune.config.schema import LoraConfig
 from flocktune.errors import UserError
-from flocktune.models.lora import LoraLinear, attach, bare_modules, pairs, scale, shapes
+from flocktune.models.lora import attach, bare_modules, pairs, shapes
+from flocktune.models.lora_module import LoraLinear, scale
 from tiny_models import FAMILIES, fill, peft_twin, tiny_model
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))

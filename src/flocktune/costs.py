@@ -30,7 +30,8 @@ from flocktune.config.schema import Dpo, EmulatorConfig, RunConfig
 from flocktune.data.batching import Batch, training_batches
 from flocktune.data.encoding import Encoded
 from flocktune.models.layers import layer_stack, layers_of
-from flocktune.models.lora import Adapter, features
+from flocktune.models.lora import Adapter
+from flocktune.models.lora_module import features
 from flocktune.models.split import SplitPlan
 from flocktune.resident import Base
 from flocktune.seeds import derive_seed

@@ -20,7 +20,7 @@ from flocktune.engine.client import on_wire, transformed
 from flocktune.engine.rounds import Collect, one_by_one
 from flocktune.errors import Problem, UserError
 from flocktune.interfaces import ClientHalf, ServerHalf, Transform
-from flocktune.models.lora import scale
+from flocktune.models.lora_module import scale
 from flocktune.privacy.clients import ClientPrivacy, clipping, noised
 from flocktune.privacy.secagg.messages import from_client, method_part
 from flocktune.types import ClientTask, Expected, Tensors

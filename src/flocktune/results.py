@@ -23,7 +23,8 @@ from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
 from flocktune.models.bundle import MANIFEST, Bundle, read_bundle
 from flocktune.models.load import quietly
-from flocktune.models.lora import pairs, scale
+from flocktune.models.lora import pairs
+from flocktune.models.lora_module import scale
 from flocktune.models.peft_io import CONFIG_FILE, import_peft, unfolded
 from flocktune.report.events import LOG_NAME, read_events
 from flocktune.resident import Base, forget_models, load_base, load_instructions

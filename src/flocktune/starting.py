@@ -7,7 +7,8 @@ from pathlib import Path
 from flocktune.algorithms.alignment import Pair
 from flocktune.config.schema import LoraConfig, RunConfig
 from flocktune.errors import Problem, UserError
-from flocktune.models.lora import Adapter, scale
+from flocktune.models.lora import Adapter
+from flocktune.models.lora_module import scale
 from flocktune.models.peft_io import import_peft
 from flocktune.tensors import mismatches
 from flocktune.types import Tensors

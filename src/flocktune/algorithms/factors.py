@@ -48,7 +48,7 @@ from flocktune.models.factors import (
     sides,
     trained_in,
 )
-from flocktune.models.lora import scale
+from flocktune.models.lora_module import scale
 from flocktune.seeds import derive_seed
 from flocktune.tensors import group, prefixed, without
 from flocktune.types import ClientTask, Tensors, Update

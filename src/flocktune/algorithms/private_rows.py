@@ -28,7 +28,7 @@ from flocktune.data.batching import Batch, collate, trainable_rows
 from flocktune.data.encoding import Encoded
 from flocktune.errors import FlocktuneError, Problem, UserError
 from flocktune.interfaces import ClientHalf, Memory
-from flocktune.models.lora import LoraLinear
+from flocktune.models.lora_module import LoraLinear
 from flocktune.privacy.accounting import Budget, calibrate
 from flocktune.privacy.gaussian import GaussianMechanism
 from flocktune.privacy.noise import derive_key, uniforms

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from flocktune.config.schema import LoraConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, write_atomic, write_json
-from flocktune.models.lora import A_SUFFIX, B_SUFFIX, SIDE_A, SIDE_B, bare_modules, ends_with, pairs, scale
+from flocktune.models.lora import A_SUFFIX, B_SUFFIX, SIDE_A, SIDE_B, bare_modules, ends_with, pairs
+from flocktune.models.lora_module import scale
 from flocktune.types import Tensors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flocktune.models.lora import Adapter, LoraLinear, SharedInput
+from flocktune.models.lora import Adapter
+from flocktune.models.lora_module import LoraLinear, SharedInput
 from flocktune.models.low_rank import Spans, StackedPaths
 from flocktune.types import A_SUFFIX, B_SUFFIX, Tensors
 
