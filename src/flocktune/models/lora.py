@@ -1,4 +1,4 @@
-"""LoRA attached to a frozen base (:mod:`flocktune.models.lora_module`): its factors by canonical names, set, read, merged.
+"""LoRA attached to a frozen base (:mod:`flocktune.models.lora_module`): its factors by name, set, read and merged.
 
 Only A [R, in] and B [out, R] are trained; R rank, in and out the width of a module's input and output.
 """
