@@ -36,7 +36,7 @@ from flocktune.models.row_attention import attend_by_rows
 from flocktune.models.split import plan_split
 from flocktune.models.stack import mixes_clients
 from flocktune.stacked import NARROWEST, Job, Trained, _passes, fit_stacked
-from flocktune.stacking import kept_bytes, together
+from flocktune.stacking import MOST, kept_bytes, together
 from flocktune.training import NotFinite, fit, next_token_loss, product_penalty, proximal_penalty
 from flocktune.types import ClientTask, Failure, Tensors, Update
 from tiny_models import fill, tiny_model
@@ -690,22 +690,23 @@ def test_clients_seconds_are_their_own_and_their_share_of_what_was_done_together
 def test_the_width_follows_from_the_recipe_alone() -> None:
     adapter = adapter_of(Case(), torch.float32)
     names = list(adapter.parameters)
-    of = {mb: together(InProcessEngine(stack_mb=mb), adapter, names) for mb in (8, 16)}
-    eight, sixteen = of.values()
-    assert eight is not None
-    assert sixteen is not None
+    of = {mb: together(InProcessEngine(stack_mb=mb), adapter, names) for mb in (2, 4)}
+    small, large = of.values()
+    assert small is not None
+    assert large is not None
     values = sum(value.numel() for value in adapter.parameters.values())
-    assert eight.width == 8 * 2**19 // (4 * 7 * values)
-    assert sixteen.width in (2 * eight.width, 2 * eight.width + 1)
-    assert sixteen.tokens_at_once in (2 * eight.tokens_at_once, 2 * eight.tokens_at_once + 1)
+    assert small.width == 2 * 2**19 // (4 * 7 * values)
+    assert large.width in (2 * small.width, 2 * small.width + 1)
+    assert large.tokens_at_once in (2 * small.tokens_at_once, 2 * small.tokens_at_once + 1)
     adapter.put({name: torch.randn_like(value) for name, value in adapter.parameters.items()})
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    assert together(InProcessEngine(stack_mb=8), adapter, names) == eight
+    assert together(InProcessEngine(stack_mb=2), adapter, names) == small
     assert torch.equal(torch.get_rng_state(), state)
+    assert together(InProcessEngine(stack_mb=4096), adapter, names).width == MOST  # type: ignore[union-attr]
     assert together(InProcessEngine(stack=5), adapter, names).width == 5  # type: ignore[union-attr]
     assert together(InProcessEngine(stack=1), adapter, names) is None
-    assert together(InProcessEngine(stack_mb=8), adapter, []) is None, "a base that nobody trains"
+    assert together(InProcessEngine(stack_mb=2), adapter, []) is None, "a base that nobody trains"
 
 
 def test_one_at_a_time_where_no_more_fit() -> None:

@@ -32,6 +32,9 @@ received and what it gives back."""
 PASSING = 1.7
 """Bytes taken for each that is kept for the backward pass: values that pass, and what an allocator's gaps take."""
 
+MOST = 64
+"""Clients that ``auto`` trains at once: calls are few long before, and each has a thread."""
+
 PROBED_TOKENS = 64
 
 
@@ -59,7 +62,7 @@ def clients_at_once(settings: InProcessEngine, values: int) -> int:
     """How many clients of so many ``values`` each are trained at once, if there are as many."""
     if settings.stack != "auto":
         return settings.stack
-    return max(1, settings.stack_mb * 2**19 // (4 * COPIES * values))
+    return min(MOST, max(1, settings.stack_mb * 2**19 // (4 * COPIES * values)))
 
 
 def kept_bytes(adapter: Adapter, trained: Collection[str]) -> float:

@@ -19,7 +19,8 @@ class InProcessEngine:
     """Every client in this process, on one resident base model.
 
     ``stack``: how many clients are trained at once; ``auto`` is as many as half of ``stack_mb`` megabytes holds of what
-    they train, which depends on the recipe alone; 1 is one after another. The other half is for the tokens of a pass.
+    they train, and 64 at the most, which depends on the recipe alone; 1 is one after another. The other half is for
+    the tokens of a pass.
     """
 
     stack: Positive | Literal["auto"] = "auto"
