@@ -138,6 +138,15 @@ def test_short_rows_of_bfloat16_attend_in_float32(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(again, found)
 
 
+def test_short_padded_rows_of_bfloat16_attend_in_float32_too() -> None:
+    drawn = torch.randn(3, 4, 2, 10, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = torch.nn.Module()
+    found, _ = row_attention._attention(module, *drawn, None, is_causal=True)
+    exact, _ = row_attention._attention(module, *drawn.double(), None, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize("family", [family for family in DECODERS if family != "opt"])
 def test_windows_shorter_than_a_row_stay_exact(family: str) -> None:
     """Layers with windows leave such rows to transformers. OPT can not be packed at all: it ignores position ids."""

@@ -147,9 +147,13 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention: [1, H, T, D], keys and values [1, K, T, D] -> [1, T, H, D]; or as its own ``sdpa``."""
     if not isinstance(attention_mask, Rows):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **asked
+        plain = functools.partial(
+            sdpa_attention_forward, dropout=dropout, scaling=scaling, is_causal=is_causal, **asked
         )
+        if attention_mask is None and _better_in_float32(query, key.shape[2]):
+            out, _ = plain(module, query.float(), key.float(), value.float(), None)
+            return out.to(query.dtype), None
+        return plain(module, query, key, value, attention_mask)
     if is_causal is False or any(asked.get(name) is not None for name in BEYOND_CAUSAL):
         raise ValueError(f"{type(module).__name__} asks for more than causal attention within rows")
     if _one_kernel(query, value) and not dropout:
@@ -161,7 +165,7 @@ def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float, scaling: float | None
 ) -> Tensor:
     """Views of the rows, one after another: on CPUs no gathering of rows of like length was faster."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and max(lengths) <= BETTER_IN_FLOAT32:
+    if _better_in_float32(query, max(lengths)):
         return _row_by_row(query.float(), key.float(), value.float(), lengths, dropout, scaling).to(query.dtype)
     attend = functools.partial(
         F.scaled_dot_product_attention,
@@ -172,6 +176,12 @@ def _row_by_row(
     )
     out = map(attend, *(x.split(lengths, dim=2) for x in (query, key, value)))
     return torch.cat([row.transpose(1, 2) for row in out], dim=1)
+
+
+def _better_in_float32(query: Tensor, longest: int) -> bool:
+    """Whether rows of at most so many tokens had better be cast; a token by itself, as in generation, had not."""
+    short = query.shape[2] > 1 and longest <= BETTER_IN_FLOAT32
+    return short and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def _one_kernel(query: Tensor, value: Tensor) -> bool:
