@@ -147,13 +147,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention: [1, H, T, D], keys and values [1, K, T, D] -> [1, T, H, D]; or as its own ``sdpa``."""
     if not isinstance(attention_mask, Rows):
-        plain = functools.partial(
-            sdpa_attention_forward, dropout=dropout, scaling=scaling, is_causal=is_causal, **asked
-        )
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **asked}
         if attention_mask is None and _better_in_float32(query, key.shape[2]):
-            out, _ = plain(module, query.float(), key.float(), value.float(), None)
+            out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), None, **options)
             return out.to(query.dtype), None
-        return plain(module, query, key, value, attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if is_causal is False or any(asked.get(name) is not None for name in BEYOND_CAUSAL):
         raise ValueError(f"{type(module).__name__} asks for more than causal attention within rows")
     if _one_kernel(query, value) and not dropout:
