@@ -116,7 +116,7 @@ def test_a_start_is_measured_to_the_end_of_the_first_step(measured: Any) -> None
     result, page = measured("start")
     assert [len(spent) for spent in result["values"]["seconds"].values()] == [1] * 5
     processor = list(result["values"]["processor"].values())
-    assert 0 < processor[0] < processor[1] < processor[2] < processor[3]
+    assert 0 < processor[0] < processor[1] < min(processor[2:]), "who imports torch takes ten times as long"
     assert set(result["values"]["times_floor"]) == {
         "flocktune --help", "first step, tokens kept", "first step, nothing kept"
     }  # fmt: skip
