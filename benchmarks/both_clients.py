@@ -31,7 +31,7 @@ from flocktune.models.load import load_tokenizer, quietly
 from flocktune.models.lora import B_SUFFIX, Adapter
 from flocktune.resident import Base, load_base
 from flocktune.seeds import derive_seed
-from flocktune.tensors import group, prefixed
+from flocktune.tensors import group
 from flocktune.types import ClientTask, Tensors
 
 EMULATOR = EmulatorConfig(adapter_layers=2, drop=0.5)
@@ -137,7 +137,7 @@ def fedit_task(base: Base) -> ClientTask:
 def fedbiot_task(held: Emulated) -> ClientTask:
     """A task of the first round: E and A."""
     parts = fedbiot.split_tensors(held.bundle.plan, _drawn(held.base.adapter))
-    tensors = {name: value for part, factors in parts.items() for name, value in prefixed(part, factors).items()}
+    tensors = fedbiot.joined(parts)
     return ClientTask(0, "client", fedbiot.KIND, tensors, 0, "", held.bundle.digest)
 
 
@@ -196,12 +196,17 @@ def data_of(shape: Shape, watch: Watch) -> ClientData:
     tokens = np.random.default_rng(0).integers(3, shape.vocabulary, count * shape.tokens).astype(np.int32)
     trainable = np.tile(np.arange(shape.tokens) >= shape.tokens // 2, count)
     encoded = Encoded(tokens, trainable, np.arange(count + 1, dtype=np.int64) * shape.tokens)
+    return watched_data(encoded, shape.rows, watch)
+
+
+def watched_data(encoded: Encoded, size: int, watch: Watch) -> ClientData:
+    """A client of all these rows, whose padded batches of ``size`` go by ``watch``."""
 
     def batches(seed: int, steps: int | None, epochs: int | None) -> Iterator[Batch]:
         drawn = training_batches(
             encoded,
-            range(count),
-            batch_size=shape.rows,
+            range(len(encoded)),
+            batch_size=size,
             batching="padded",
             pad_id=0,
             seed=seed,
@@ -210,7 +215,7 @@ def data_of(shape: Shape, watch: Watch) -> ClientData:
         )
         return watch.over(drawn)
 
-    return ClientData(count, int(trainable.sum()), batches)
+    return ClientData(len(encoded), int(encoded.targets.sum()), batches)
 
 
 def _local(shape: Shape) -> LocalConfig:

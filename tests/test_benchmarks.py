@@ -176,7 +176,7 @@ def test_a_step_of_lora_is_peft_s_own(measured: Any) -> None:
 
 
 def test_a_step_of_lora_is_not_compared_with_other_numbers(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lora = importlib.import_module("flocktune.models.lora")
+    lora = importlib.import_module("flocktune.models.lora_module")
     monkeypatch.setattr(lora, "scale", lambda settings: 1.01 * settings.alpha / settings.rank)
     measured("lora_step", fails="not the same numbers")
 

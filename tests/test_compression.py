@@ -29,6 +29,7 @@ from conftest import World
 from fake_link import START, Act, FakeLink, Time, pull, remote
 from flocktune import api
 from flocktune.algorithms import fedavg
+from flocktune.cli.estimated import estimate_table
 from flocktune.compression.codecs import CODES, SCALES, VALUES, codec_of
 from flocktune.compression.packing import BYTES, pack, packed_size, unpack
 from flocktune.compression.top_k import decode_places, encode_places, kept, largest, places_size
@@ -42,7 +43,7 @@ from flocktune.engine.in_process import InProcess
 from flocktune.engine.remote import Remote
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.errors import RoundFailed, UpdateRefused, UserError
-from flocktune.estimate import Estimate, estimate, estimate_table
+from flocktune.estimate import Estimate, estimate
 from flocktune.interfaces import Engine, Memory
 from flocktune.protection import transforms_of
 from flocktune.report.html import write_report

@@ -7,9 +7,10 @@ import pytest
 
 from conftest import World
 from flocktune import api, footprint
+from flocktune.cli.estimated import estimate_table
 from flocktune.config.load import load_recipe
 from flocktune.config.schema import RunConfig
-from flocktune.estimate import estimate, estimate_table
+from flocktune.estimate import estimate
 from flocktune.federated import owners_side
 from flocktune.fitting import fitted
 from flocktune.models.recompute import is_checkpointed

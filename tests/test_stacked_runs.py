@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from conftest import World, dolly_rows, write_rows
 from flocktune import gathering
 from flocktune.assemble import engine_of, federation
+from flocktune.cli.estimated import estimate_table
 from flocktune.config.engines import InProcessEngine
 from flocktune.config.load import load_recipe
 from flocktune.engine.in_process import InProcess
-from flocktune.estimate import Estimate, estimate, estimate_table
+from flocktune.estimate import Estimate, estimate
 from flocktune.privacy.noise import KEY_BYTES
 from flocktune.run_folder import create_run
 from flocktune.runs import SECRET, execute

@@ -7,22 +7,19 @@ emulator, which shares the full model's weights here. A client's memory: the wei
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.both_clients import EMULATOR, Watch
+from benchmarks.both_clients import EMULATOR, Watch, watched_data
 from benchmarks.gpu.models import Place, peak_beside, weight_bytes
 from benchmarks.networks import sharing
 from benchmarks.paired import Result, Spread, interleaved, ratio
 from flocktune.algorithms import fedavg, fedbiot
-from flocktune.algorithms.local import ClientData
 from flocktune.config.schema import LocalConfig
-from flocktune.data.batching import Batch, training_batches
 from flocktune.interfaces import ClientHalf
 from flocktune.models.layers import drop_layers, layer_stack
 from flocktune.models.lora import Adapter
 from flocktune.models.split import SplitPlan, plan_split
-from flocktune.tensors import prefixed
 from flocktune.types import ClientTask
 
 GOAL_TIMES, GOAL_MEMORY = 6.0, 0.6
@@ -49,7 +46,7 @@ def run(place: Place) -> Result:
     plan = plan_split(place.shape.layers, EMULATOR, stack=layer_stack(base))
     held = place.attached(drop_layers(sharing(base), plan))
     watch = Watch()
-    data = _data(place, rows, watch)
+    data = watched_data(place.rows([rows.tokens] * rows.size * rows.steps), rows.size, watch)
     fedit = fedavg.client_half(whole, lambda _: data, LocalConfig(epochs=1, batch_size=rows.size), "examples", rounds=1)
     local = LocalConfig(epochs=rows.epochs, batch_size=rows.size)
     biot = fedbiot.client_half(held, plan, DIGEST, lambda _: data, local, EMULATOR, "examples", rounds=1)
@@ -125,25 +122,5 @@ def _task(adapter: Adapter) -> ClientTask:
 def _emulator_task(adapter: Adapter, plan: SplitPlan) -> ClientTask:
     """E and A."""
     parts = fedbiot.split_tensors(plan, adapter.tensors())
-    tensors = {name: value for part, factors in parts.items() for name, value in prefixed(part, factors).items()}
+    tensors = fedbiot.joined(parts)
     return ClientTask(0, "client", fedbiot.KIND, tensors, 0, "", DIGEST)
-
-
-def _data(place: Place, rows: Rows, watch: Watch) -> ClientData:
-    count = rows.size * rows.steps
-    encoded = place.rows([rows.tokens] * count)
-
-    def batches(seed: int, steps: int | None, epochs: int | None) -> Iterator[Batch]:
-        drawn = training_batches(
-            encoded,
-            range(count),
-            batch_size=rows.size,
-            batching="padded",
-            pad_id=0,
-            seed=seed,
-            steps=steps,
-            epochs=epochs,
-        )
-        return watch.over(drawn)
-
-    return ClientData(count, int(encoded.targets.sum()), batches)

@@ -62,7 +62,7 @@ from flocktune.protection import (
 from flocktune.resident import Base, Instructions, base_digest, load_base
 from flocktune.scheduling import Cohort
 from flocktune.sides import adapter_client, clients_side, corrected, emulator_client, preferences_of, trained_names
-from flocktune.stacking import one_by_one, together
+from flocktune.stacking import one_after_another, together
 from flocktune.starting import starting_adapter, starting_emulator
 from flocktune.types import ClientTask, Expected, Tensors, Update
 
@@ -219,7 +219,7 @@ def engine_of(config: RunConfig, fed: Assembly, folder: Path, secret: bytes | No
         case InProcessEngine():
             clients = fed.emulated.base if fed.emulated else fed.base
             names = trained_names(clients.adapter, fed.emulated)
-            gathering = None if one_by_one(config) else together(config.engine, clients.adapter, names)
+            gathering = None if one_after_another(config) else together(config.engine, clients.adapter, names)
             yield InProcess(fed.client, together=gathering)
         case RayEngine():
             own_bundle = str(folder.resolve() / "emulator") if fed.emulated else None

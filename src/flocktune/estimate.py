@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from flocktune.algorithms.factors import around_server, sharing_of
 from flocktune.algorithms.fedavg import server_half
@@ -37,10 +36,9 @@ from flocktune.models.load import Description, describe, load_skeleton, pick_dev
 from flocktune.models.lora import shapes
 from flocktune.models.split import plan_split
 from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
-from flocktune.report.tables import format_bytes
 from flocktune.report.trackers import refuse_missing
 from flocktune.scheduling import Cohort
-from flocktune.stacking import clients_at_once, one_by_one
+from flocktune.stacking import clients_at_once, one_after_another
 from flocktune.starting import given_adapter
 from flocktune.tensors import size_bytes
 from flocktune.types import AtMost, Tensors
@@ -296,7 +294,7 @@ def _client_memory(config: RunConfig, counts: _Counts, rows: Encoded) -> tuple[i
 def _at_once(config: RunConfig, values: int, recompute: bool) -> int:
     """How many clients are trained at once, if so many take part. Of a model with experts it may be one."""
     engine = config.engine
-    if not isinstance(engine, InProcessEngine) or one_by_one(config):
+    if not isinstance(engine, InProcessEngine) or one_after_another(config):
         return 1
     return 1 if recompute and config.lora.dropout else clients_at_once(engine, values)
 
@@ -307,40 +305,3 @@ def _memory(config: RunConfig, counts: _Counts, client_bytes: int, at_once: int)
     if isinstance(config.engine, InProcessEngine):
         training = max(training, min(at_once * training, config.engine.stack_mb * 2**20))
     return training + counts.held.base_bytes + (counts.base.base_bytes if counts.emulator else 0)
-
-
-def estimate_table(costs: Estimate) -> Table:
-    """The estimate for a terminal."""
-    smallest, middle, largest = costs.rows_per_client
-    rows = {
-        "base model": f"{costs.base_parameters:,} parameters, frozen",
-        "trained": f"{costs.trainable_parameters:,} parameters "
-        f"({100 * costs.trainable_parameters / costs.base_parameters:.2f} %)",
-        "clients": f"{costs.clients}, {costs.cohort} a round"
-        + (f", {costs.at_once} trained at once" if costs.at_once > 1 else ""),
-        "rows": f"{costs.train_rows:,} to train on, {costs.test_rows:,} held out"
-        + (f", {costs.untrainable_rows:,} with nothing to learn from" if costs.untrainable_rows else ""),
-        "rows a client": f"{smallest:,} to {largest:,}, median {middle:,.0f}",
-        "a round, down": f"{format_bytes(costs.round_bytes_down)} "
-        f"({format_bytes(costs.round_bytes_down / costs.cohort)} a client)",
-        "a round, up": ("at most " if costs.up_at_most else "") + format_bytes(costs.round_bytes_up),
-        "in all": f"{costs.steps_total:,} optimiser steps, about {costs.tokens_total:,} tokens",
-        "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)"
-        + (", layers computed again in the backward pass" if costs.recompute else ""),
-    }
-    if costs.emulator:
-        one = costs.emulator
-        share = 100 * one.parameters / costs.base_parameters
-        rows["emulator"] = (
-            f"{one.held_layers} of {one.full_layers} layers, {share:.0f} % of the parameters; "
-            f"{format_bytes(one.bytes)} once to each client"
-        )
-        rows["a client"] = f"about {format_bytes(costs.client_memory_bytes)} of memory beside libraries"
-    if costs.privacy:
-        rows["privacy"] = costs.privacy
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for name, text in rows.items():
-        table.add_row(name, text)
-    return table

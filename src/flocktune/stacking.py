@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flocktune.algorithms.local import training_only
 from flocktune.config.engines import InProcessEngine
 from flocktune.config.privacy_rules import privacy_in_force
-from flocktune.config.schema import Dpo, RunConfig, SamplePrivacy
+from flocktune.config.schema import FEDERATED, Dpo, RunConfig, SamplePrivacy
 from flocktune.costs import Kept
 from flocktune.data.batching import Batch
 from flocktune.gathering import Together
@@ -51,11 +51,12 @@ def together(settings: InProcessEngine, adapter: Adapter, trained: Collection[st
     return Together(width, max(1, tokens), attend_by_rows(adapter.model)) if width > 1 else None
 
 
-def one_by_one(config: RunConfig) -> bool:
-    """Whether clients are trained one after another whatever ``engine.stack`` says: on pairs of answers, on rows that
-    are hidden, and where no round waits for several."""
+def one_after_another(config: RunConfig) -> bool:
+    """Whether clients are trained so whatever ``engine.stack`` says: on pairs of answers, on rows that are hidden,
+    where no round waits for several, and in baselines, whose rounds are of one client."""
     private = isinstance(privacy_in_force(config), SamplePrivacy)
-    return isinstance(config.local.loss, Dpo) or private or config.scheduling.buffered is not None
+    apart = config.method not in FEDERATED or config.scheduling.buffered is not None
+    return isinstance(config.local.loss, Dpo) or private or apart
 
 
 def clients_at_once(settings: InProcessEngine, values: int) -> int:

@@ -94,17 +94,12 @@ def server_half(
         known = {name: pair.remembering(cache) for name in (PUBLIC, *public.measured)}
         before = _measure(known, public)
         if steps:
-            local = LocalConfig(
-                steps=steps, lr=alignment.lr, clip_norm=alignment.clip_norm, batch_size=alignment.batch_size
-            )
             batches = public.batches(derive_seed(seed, round, "alignment"), steps)
-            loss = alignment_loss(known[PUBLIC], alignment)
-            with training_only(pair.emulator, emulator) as trained:
-                dropout = derive_seed(seed, round, "alignment dropout")
-                try:
-                    fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=dropout, loss=loss)
-                except NotFinite as error:
-                    raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
+            dropout = derive_seed(seed, round, "alignment dropout")
+            try:
+                _align(known[PUBLIC], emulator, batches, alignment, steps, dropout)
+            except NotFinite as error:
+                raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
             state = {**state, **prefixed(EMULATOR, pair.emulator.tensors(emulator))}
         after = _measure(known, public) if steps else before
         told = {
@@ -125,6 +120,16 @@ def server_half(
         return plan.to_full(group(state, ADAPTER))
 
     return ServerHalf(init, message, step, result, returned=_adapter_of, prepare=prepare)
+
+
+def _align(
+    pair: Pair, emulator: Iterable[str], batches: Iterable[Batch], alignment: AlignmentConfig, steps: int, seed: int
+) -> None:
+    """Train E, the factors named in ``emulator``, in place. Raises NotFinite."""
+    local = LocalConfig(steps=steps, lr=alignment.lr, clip_norm=alignment.clip_norm, batch_size=alignment.batch_size)
+    loss = alignment_loss(pair, alignment)
+    with training_only(pair.emulator, emulator) as trained:
+        fit(pair.emulator.model, trained, batches, local, total_steps=steps, seed=seed, loss=loss)
 
 
 def message_half(plan: SplitPlan) -> ServerHalf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -74,13 +74,10 @@ def train_locally(
     """
     # In the adapter's order, not that in which they came: sums over tensors (the gradient's norm) round by their order.
     received = {name: received[name] for name in adapter.parameters if name in received}
-    steps = steps_per_round(local, data.examples)
-    whole_run = local.schedule_over == "run"
     settings, rows, gradient = _drawn(task, received, data, local, gradient)
     batches = TimedBatches(rows)
-    penalties = [part for part in (penalty, _proximal(adapter, received, local)) if part is not None]
-    whole_penalty = _sum_of(penalties)
-    total_steps, first_step = (steps * rounds, steps * task.round) if whole_run else (steps, 0)
+    whole_penalty = _sum_of(penalty, _proximal(adapter, received, local))
+    total_steps, first_step = _schedule(local, data.examples, task.round, rounds)
     seed = derive_seed(task.seed, "dropout")
     turn = gathered()
     usual = gradient is mean_gradient and data.loss is next_token_loss and (loss is None or prefix is not None)
@@ -140,7 +137,14 @@ def _proximal(adapter: Adapter, received: Tensors, local: LocalConfig) -> Penalt
     return proximal_penalty(received, local.proximal_mu)
 
 
-def _sum_of(penalties: Sequence[Penalty]) -> Penalty | None:
+def _schedule(local: LocalConfig, examples: int, round: int, rounds: int) -> tuple[int, int]:
+    """Over how many steps the learning rate's schedule runs, and how many of them lie behind."""
+    steps = steps_per_round(local, examples)
+    return (steps * rounds, steps * round) if local.schedule_over == "run" else (steps, 0)
+
+
+def _sum_of(*some: Penalty | None) -> Penalty | None:
+    penalties = [penalty for penalty in some if penalty is not None]
     if len(penalties) < 2:
         return penalties[0] if penalties else None
     return lambda parameters: torch.stack([penalty(parameters) for penalty in penalties]).sum()

@@ -26,8 +26,9 @@ def init(
 @app.command()
 def check(recipe: Recipe, overrides: Overrides = None) -> None:
     """Name every problem of recipe, files and model at once, and say what the run will cost. Trains nothing."""
+    from flocktune.cli.estimated import estimate_table
     from flocktune.config.load import load_recipe
-    from flocktune.estimate import estimate, estimate_table
+    from flocktune.estimate import estimate
 
     config = load_recipe(recipe, overrides or ())
     console.print(estimate_table(estimate(config)))
