@@ -20,7 +20,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=23"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,trackers,flower,ray,privacy,compression]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,docs,trackers,flower,ray,privacy,compression,judge,harness,dashboard,playground]"
 	touch $@
 
 demo: setup
