@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from browser import browser, find_chromium, open_page  # noqa: F401  the fixtures
+
 # Before torch and the hub's library are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,29 +62,48 @@ class Said:
         return self.out + self.err + self.log
 
 
+@dataclass(frozen=True)
+class Program:
+    """A program that some tests need and a machine may lack: what finds it, what it is for, how to get it."""
+
+    name: str
+    find: Callable[[], str | None]
+    tests_of: str
+    package: str
+
+
+def _find_nginx() -> str | None:
+    from flocktune.federation.services import find_nginx
+
+    return find_nginx()
+
+
+PROGRAMS = (
+    Program("nginx", _find_nginx, "a federation's door", "nginx-light"),
+    Program("chromium", find_chromium, "the pages in a browser", "chromium"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without nginx nothing can be said of a federation's door. FLOCKTUNE_NEEDS_NGINX=1 makes that a failure."""
-    if _nginx_is_missing() and os.environ.get("FLOCKTUNE_NEEDS_NGINX") != "1":
-        for item in items:
-            if "needs_nginx" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="nginx is not installed"))
+    """What a missing program would show is left out. FLOCKTUNE_NEEDS_NGINX=1 or _CHROMIUM=1 makes that a failure."""
+    for program in PROGRAMS:
+        if program.find() is None and os.environ.get(f"FLOCKTUNE_NEEDS_{program.name.upper()}") != "1":
+            for item in items:
+                if f"needs_{program.name}" in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{program.name} is not installed"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was not tested is said where nobody overlooks it."""
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum("nginx is not" in str(report.longrepr) for report in skipped)
-    if count:
-        text = (
-            f"nginx is missing: {count} tests of a federation's door were not run. Install it: apt install nginx-light"
-        )
-        terminalreporter.write_line(text, red=True, bold=True)
-
-
-def _nginx_is_missing() -> bool:
-    from flocktune.federation.services import find_nginx
-
-    return find_nginx() is None
+    for program in PROGRAMS:
+        count = sum(f"{program.name} is not" in str(report.longrepr) for report in skipped)
+        if count:
+            text = (
+                f"{program.name} is missing: {count} tests of {program.tests_of} were not run."
+                f" Install it: apt install {program.package}"
+            )
+            terminalreporter.write_line(text, red=True, bold=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
