@@ -2,6 +2,7 @@
 # make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
 # make study   the tables of the papers in small: recipes/study_*.yaml, over three seeds; goes on where it was stopped
 # make test    all tests
+# make docs    the documentation as a site in build/site, which opens without a server or a network
 # make bench   every benchmark, its goal and its floor; all of it in runs/benchmarks.json too. For a quiet machine
 # make test-federation   a real federation through faults of every kind, half an hour: as root, on Linux, with nginx
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 0
 OUT ?= runs/demo
 
-.PHONY: setup demo study test test-federation lint bench clean
+.PHONY: setup demo study test test-federation lint docs bench clean
 
 setup: $(VENV)/.done
 
@@ -42,6 +43,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python -m benchmarks --json runs/benchmarks.json
