@@ -16,9 +16,10 @@ from flocktune.errors import FlocktuneError, UserError
 from flocktune.federation import running, serving
 from flocktune.federation.control import ControlFailed
 from flocktune.federation.layout import Federation, create_federation
-from flocktune.federation.roster import ENDED, STOP, write_ended, write_roster
+from flocktune.federation.roster import STOP, write_roster
 from flocktune.files import exclusive, is_held, write_json
 from flocktune.runs import Stopped
+from flocktune.standing import ENDED, write_ended
 
 
 @pytest.fixture

@@ -25,9 +25,10 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.report.summaries import combine_seeds
 from flocktune.report.trackers import refuse_missing
-from flocktune.run_folder import EXPERIMENT, create_run, is_finished, refuse_changes, remove_strays
-from flocktune.runs import Listener, execute
+from flocktune.run_folder import create_run, refuse_changes, remove_strays
+from flocktune.runs import Listener, Stopped, execute
 from flocktune.seeds import derive_seed
+from flocktune.standing import EXPERIMENT, is_finished, told_ending
 
 
 def is_experiment(config: RunConfig, seeds: Sequence[int]) -> bool:
@@ -51,7 +52,7 @@ def execute_experiment(
     folder: Path, listeners: Sequence[Listener] = (), stop: threading.Event | None = None
 ) -> dict[str, Any]:
     """Run, or go on with, every run of the experiment, and return its summary. Raises as :func:`execute`."""
-    with exclusive(folder):
+    with exclusive(folder), told_ending(folder, Stopped):
         remove_strays(folder)
         config = load_recipe(folder / "recipe.yaml")
         seeds = read_json(folder / EXPERIMENT)["seeds"]

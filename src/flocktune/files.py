@@ -119,10 +119,12 @@ def exclusive(
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process holds ``folder`` by :func:`exclusive`."""
-    if not (folder / ".lock").exists():
+    """Whether a process holds ``folder`` by :func:`exclusive`. Nothing is written. Raises OSError."""
+    try:
+        file = (folder / ".lock").open("rb")
+    except FileNotFoundError:
         return False
-    with (folder / ".lock").open("a") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@
     RUN/metrics.jsonl    what happened, event by event RUN/adapter/      the result as a PEFT adapter
     RUN/answers.jsonl    answers to held-out rows      RUN/summary.json  written last: the run is finished
     RUN/run.log          warnings, if there were any
+    RUN/ended.json       how the last attempt ended, if not with a summary; a killed one leaves none
     RUN/emulator/        FedBiOT: the bundle that clients get    RUN/emulator_adapter/   E and A, for the emulator
 
 An experiment's folder holds such folders.
@@ -26,10 +27,9 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, sync_folder, write_atomic, write_json
 from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.models.peft_io import export_peft
+from flocktune.standing import EXPERIMENT
+from flocktune.standing import is_finished as is_finished
 from flocktune.types import Tensors
-
-EXPERIMENT = "experiment.json"
-"""Its presence tells an experiment's folder, of several runs, from a run's."""
 
 PROMPTING = "flocktune.json"
 """In an adapter's folder: the prompt template that it was trained with."""
@@ -81,11 +81,6 @@ def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.M
     export_peft(adapter, config.lora, model, folder, base or config.model.path)
     data = to_tree(config)["data"]
     write_json(folder / PROMPTING, {key: data[key] for key in ("template", "max_tokens")})
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` has reached its end."""
-    return (folder / "summary.json").exists()
 
 
 @contextmanager

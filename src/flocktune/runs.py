@@ -33,7 +33,8 @@ from flocktune.protection import secured
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
 from flocktune.resident import Base, Instructions
 from flocktune.run_events import round_event, spent, start_event, summarise
-from flocktune.run_folder import is_finished, logged, refuse_changes, remove_strays, show_bundle, write_adapter
+from flocktune.run_folder import logged, refuse_changes, remove_strays, show_bundle, write_adapter
+from flocktune.standing import is_finished, told_ending
 from flocktune.types import Tensors
 
 HELD_OUT, ON_EMULATOR, TRIGGERED = "held_out", "held_out_emulator", "triggered"
@@ -78,7 +79,7 @@ def execute(
     Raises UserError (also when recipe, data or base model are not those of the checkpoint), RoundFailed, and
     Stopped after ``stop`` was set: the round at hand is finished and saved first.
     """
-    with exclusive(folder), logged(folder):
+    with exclusive(folder), logged(folder), told_ending(folder, Stopped):
         remove_strays(folder)
         if is_finished(folder):
             return read_json(folder / "summary.json")

@@ -1,7 +1,6 @@
 """A run of a federation, as it lies in its folder for whoever starts, serves and watches it.
 
 RUN/roster.json    the run's name for all time, its clients, where its paths start; written before the recipe
-RUN/ended.json     how the last attempt ended, if not with a summary: stopped, or failed with the reasons
 RUN/stop           its presence asks the run to end after the round at hand
 """
 
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from flocktune.files import read_json, write_json
 
-ROSTER, ENDED, STOP = "roster.json", "ended.json", "stop"
+ROSTER, STOP = "roster.json", "stop"
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,3 @@ def read_roster(run: Path) -> Roster:
     """Raises UserError when it is missing."""
     told = read_json(run / ROSTER)
     return Roster(told["run"], tuple(told["clients"]), told["folder"])
-
-
-def write_ended(run: Path, how: str, problems: Sequence[str] = (), *, users_mistake: bool = False) -> None:
-    """Say how an attempt ended: ``stopped`` or ``failed``. Raises OSError."""
-    write_json(run / ENDED, {"how": how, "problems": list(problems), "users_mistake": users_mistake})

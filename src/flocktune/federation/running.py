@@ -18,12 +18,13 @@ from flocktune.federation.control import ControlFailed, run_state, submit
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import Federation
 from flocktune.federation.processes import answers
-from flocktune.federation.roster import ENDED, ROSTER, STOP, write_roster
+from flocktune.federation.roster import ROSTER, STOP, write_roster
 from flocktune.federation.services import RUN, SUPEREXEC, SUPERLINK, services
 from flocktune.files import is_held, read_json, write_atomic
 from flocktune.report.events import LOG_NAME, read_events
-from flocktune.run_folder import create_run, is_finished
+from flocktune.run_folder import create_run
 from flocktune.runs import Listener, Stopped
+from flocktune.standing import ENDED, is_finished
 
 LOOK_S, ASK_S = 0.5, 10.0
 """Between two looks at a run's folder, and between two questions to Flower while the run has not begun."""

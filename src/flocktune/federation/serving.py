@@ -20,11 +20,12 @@ from flocktune.errors import FlocktuneError, UserError
 from flocktune.federated import bundle_tensors
 from flocktune.federation.enrolled import clients
 from flocktune.federation.layout import open_federation
-from flocktune.federation.roster import ENDED, STOP, Roster, read_roster, write_ended
+from flocktune.federation.roster import STOP, Roster, read_roster
 from flocktune.federation.services import RUN
 from flocktune.files import Held, is_held
 from flocktune.interfaces import Engine
 from flocktune.runs import Elsewhere, Stopped, execute
+from flocktune.standing import ENDED, write_ended
 
 _LOG = logging.getLogger(__name__)
 
