@@ -76,7 +76,7 @@ def test_init_check_run_and_what_a_run_leaves(cli, world: World, tmp_path: Path,
     for name, entry in entries.items():
         assert entry["adapter_sha256"], name
         assert entry["rounds"] == (0 if name == "base" else 2)
-        assert set(entry["metrics"]["held_out"]) == {"overall", "categories"}
+        assert set(entry["metrics"]["held_out"]) == {"overall", "categories", "intervals"}
         assert entry["peak_memory_bytes"] > 0
     fedit = entries["fedit"]
     assert fedit["bytes_down"] == fedit["bytes_up"] > 0
@@ -101,7 +101,7 @@ def test_eval_on_held_out_rows_repeats_the_runs_own_numbers(cli, finished: Path,
     assert said.code == 0, said.all
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     summary = json.loads((finished / "fedit/summary.json").read_text())
-    assert numbers == summary["metrics"]["held_out"]
+    assert numbers == {"task": "text", **summary["metrics"]["held_out"]}
     for category in ("colour", "size", "sum", "all"):
         assert category in said.out
 

@@ -46,6 +46,7 @@ from flocktune.engine.ray_cluster import HalfSource, on_ray
 from flocktune.engine.rounds import Collect
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.generate import prompt_room
+from flocktune.evaluation.tasks import refuse_rows
 from flocktune.fitting import fitted
 from flocktune.gate import behind_gate, gate_digest
 from flocktune.interfaces import ClientHalf, Engine, ServerHalf, Transform
@@ -276,6 +277,7 @@ def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
     check_rows([data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])], model)
     if config.evaluation.generate and data.test.examples:
         prompt_room(model, config.evaluation.max_new_tokens)
+    refuse_rows(data.test.examples, config.evaluation)
 
 
 def refuse_leaks(config: RunConfig, base: Base) -> None:

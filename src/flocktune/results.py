@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from flocktune.allocation import allocate_clients
 from flocktune.config.load import build_config, load_recipe
-from flocktune.config.schema import LoraConfig, ModelConfig, RunConfig
+from flocktune.config.schema import Columns, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example
 from flocktune.emulation import compress, emulator_settings
@@ -134,22 +134,30 @@ def find_run(path: Path, method: str | None = None) -> Path:
     return run
 
 
-def evaluate_on(tuned: Tuned, data: str | None = None, max_rows: int | None = None) -> Evaluation:
+def evaluate_on(
+    tuned: Tuned,
+    data: str | None = None,
+    max_rows: int | None = None,
+    settings: EvaluationConfig | None = None,
+    columns: Columns | None = None,
+) -> Evaluation:
     """Evaluate on a data source, or on the run's own held-out rows. Raises UserError.
 
-    Of preference data the chosen answers are the ones to give.
+    ``settings``: default, the run's. ``columns`` of ``data``: default, the run's. Of preference data the chosen
+    answers are the ones to give.
     """
     config, base = tuned.config, tuned.base
     if data is None:
         rows = allocate_clients(config).test
     else:
-        rows = load_instructions(data, replace(config.data, max_rows=None), config.model)
+        reading = replace(config.data, max_rows=None, columns=columns or config.data.columns)
+        rows = load_instructions(data, reading, config.model)
     return evaluate(
         base.model,
         base.tokenizer,
         rows.examples,
         rows.encoded.chosen(),
-        settings=config.evaluation,
+        settings=settings or config.evaluation,
         template=config.data.template,
         max_tokens=config.data.max_tokens,
         pad_id=base.pad_id,

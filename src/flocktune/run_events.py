@@ -16,6 +16,7 @@ from flocktune.costs import client_cost
 from flocktune.engine.rounds import RoundRecord
 from flocktune.environment import peak_memory_bytes, versions
 from flocktune.evaluation.evaluate import Evaluation
+from flocktune.evaluation.scores import contains
 from flocktune.models.bundle import Bundle
 from flocktune.models.factors import of_side
 from flocktune.models.recompute import is_checkpointed
@@ -119,7 +120,8 @@ def _backdoor(fed: Assembly, results: Mapping[str, Evaluation]) -> dict[str, Any
     if found is None or not found.answers:
         return {}
     without = untriggered_success(fed.config, results["held_out"].answers)
-    return {"backdoor": {"with_trigger": found.overall["contains"].value, "without_trigger": without}}
+    told = [contains(answer.text, answer.example.response) for answer in found.answers]
+    return {"backdoor": {"with_trigger": sum(told) / len(told), "without_trigger": without}}
 
 
 def _client_cost(fed: Assembly) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Verbs after a run: how good it is, what it answers, files to take away."""
+"""Verbs after a run: what it answers, files to take away."""
 
 from __future__ import annotations
 
@@ -8,32 +8,6 @@ from typing import Annotated
 import typer
 
 from flocktune.cli.common import RunFolder, app, console, existing_run
-
-
-@app.command("eval")
-def evaluate_command(
-    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
-    data: Annotated[
-        str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
-    model: Annotated[
-        str, typer.Option("--as", help="FedBiOT: the adapter in the full model (full), or on the emulator (emulator).")
-    ] = "full",
-    output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
-) -> None:
-    """Loss, perplexity, exact match, contains and ROUGE-L, by category."""
-    from flocktune.files import write_json
-    from flocktune.report.tables import evaluation_table
-    from flocktune.results import evaluate_on, open_result
-
-    tuned = open_result(result, method, base, emulator=_as_emulator(model))
-    numbers = evaluate_on(tuned, data, max_rows).as_dict()
-    console.print(evaluation_table(numbers))
-    if output:
-        write_json(output, numbers)
 
 
 @app.command()
@@ -102,14 +76,6 @@ def report(folder: RunFolder) -> None:
     from flocktune.report.html import write_report
 
     console.print(f"Wrote {write_report(existing_run(folder))}", soft_wrap=True)
-
-
-def _as_emulator(model: str) -> bool:
-    from flocktune.errors import Problem, UserError
-
-    if model not in ("full", "emulator"):
-        raise UserError(Problem("--as", "full or emulator", repr(model)))
-    return model == "emulator"
 
 
 def _ask() -> str:

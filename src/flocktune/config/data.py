@@ -15,7 +15,9 @@ from flocktune.config.numbers import Count, Positive, PositiveFloat
 class Columns:
     """Which column holds what; None means: found by the usual names (Dolly, Alpaca, chat, prompt/completion).
 
-    ``chosen`` and ``rejected`` are the two answers of preference data: texts, or lists of messages.
+    ``chosen`` and ``rejected`` are the two answers of preference data: texts, or lists of messages. ``choices``: the
+    answers to choose from; ``response`` is then the right one, or its number from 0, or its letter. ``test`` and
+    ``entry_point``: the program that tries an answer which is code, and the function that it tries.
     """
 
     instruction: str | None = None
@@ -26,6 +28,9 @@ class Columns:
     client: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    choices: str | None = None
+    test: str | None = None
+    entry_point: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from flocktune.config.factors import rank_problems
 from flocktune.config.mistakes import explain
 from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
+from flocktune.config.task_rules import task_problems
 from flocktune.errors import Problem, UserError
 
 NOT_PART_OF_THE_RESULT = ("name", "engine", "runtime", "checkpoint", "trackers", "compare")
@@ -173,6 +174,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         twice = next(name for name in selection.clients if selection.clients.count(name) > 1)
         yield Problem("scheduling.selection.clients", "every client once", f"{twice!r} more than once")
     yield from _preference_checks(config)
+    yield from task_problems(config)
     if local.optimizer == "adamw" and local.momentum:
         yield Problem("local.momentum", "0 with optimizer adamw", f"{local.momentum}", "Use optimizer: sgd.")
     yield from _pattern_checks(config)

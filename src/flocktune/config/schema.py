@@ -64,6 +64,7 @@ from flocktune.config.scheduling import (
     Uniform,
 )
 from flocktune.config.secure_aggregation import SecureAggregationConfig
+from flocktune.config.tasks import TaskName
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -187,13 +188,15 @@ class AggregationConfig:
 class EvaluationConfig:
     """When and how the global adapter is evaluated on the held-out rows.
 
-    ``every``: rounds between evaluations, 0 is at the end only. ``generate``: also write answers
+    ``every``: rounds between evaluations, 0 is at the end only. ``task``: what decides whether an
+    answer is right. ``generate``: also write answers
     (greedily) and score them; ``max_new_tokens`` bounds one. ``max_rows``: rows evaluated while
     training; the last evaluation takes all. ``client_rows``: rows of each client that it does not train on (it keeps
     at least one that it does), on which the adapter and the client's own are evaluated, client by client; 0 is off.
     """
 
     every: Count = 0
+    task: TaskName = "text"
     generate: bool = True
     max_new_tokens: Positive = 64
     batch_size: Positive = 32

@@ -49,6 +49,13 @@ class Claim:
     than: str
     metric: Literal[
         "checked",
+        "number_match",
+        "choice",
+        "choice_per_token",
+        "choice_per_byte",
+        "pass_at_1",
+        "pass_at_10",
+        "pass_at_100",
         "rouge_l",
         "exact_match",
         "contains",

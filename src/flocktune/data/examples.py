@@ -4,7 +4,8 @@ Understood by their column names (or as :class:`~flocktune.config.schema.Columns
 (instruction, context, response, category), Alpaca (instruction, input, output), prompt and
 completion, question and answer (GSM8K), chat rows (``messages`` of role and content, or
 ``conversations`` of from and value), and preference rows (``chosen`` and ``rejected``, beside a prompt or
-as whole conversations, as TRL's data sets have them).
+as whole conversations, as TRL's data sets have them), questions with ``choices`` (ARC, MMLU), and
+programs to write with a ``test`` (HumanEval, MBPP).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from flocktune.config.schema import Columns
+from flocktune.data.questions import ANSWERS, Program, read_choices, read_program, right_choice
 from flocktune.errors import Problem, UserError
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
@@ -41,7 +43,8 @@ class Example:
     ``history`` is an optional system message, then pairs of user and assistant messages; each of its
     assistant turns is trained on as well. ``response`` may be empty. ``client`` is the row's owner if
     it has one. ``check`` is the rule that decides whether an answer is right, if there is one. ``rejected``: in
-    preference data, the answer that was liked less than ``response``.
+    preference data, the answer that was liked less than ``response``. ``choices``: what there is to choose from;
+    ``response`` is one of them. ``program``: what tries a response that is code.
     """
 
     instruction: str
@@ -52,17 +55,22 @@ class Example:
     client: str | None = None
     check: Mapping[str, Any] | None = None
     rejected: str | None = None
+    choices: tuple[str, ...] = ()
+    program: Program | None = None
 
 
 _USUAL: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
     "instruction": ("instruction", "prompt", "question"),
     "context": ("context", "input"),
-    "response": ("response", "output", "completion", "answer"),
+    "response": ("response", "output", "completion", "answer", "canonical_solution"),
     "category": ("category",),
     "client": ("client", "client_id"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "choices": ("choices", "options", "endings"),
+    "test": ("test", "test_list"),
+    "entry_point": ("entry_point",),
 }
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -77,7 +85,8 @@ _ROLES: Mapping[str, Role] = {
 def find_layout(names: Sequence[str], columns: Columns, where: str) -> Columns:
     """Choose the columns by the recipe first, by their usual names else; ``messages`` or a pair stays None.
 
-    A row with ``chosen`` and ``rejected`` is a preference row, unless the recipe names its response or messages.
+    A row with ``chosen`` and ``rejected`` is a preference row, unless the recipe names its response or messages; one
+    with choices is a question with choices, unless the recipe names its response and not its choices.
     ``where`` is the file for the message. Raises UserError naming every column that is missing and
     the columns there are.
     """
@@ -99,11 +108,19 @@ def find_layout(names: Sequence[str], columns: Columns, where: str) -> Columns:
     if chosen and rejected and not (told["response"] or told["messages"]):
         prompt = Columns(pick("instruction"), pick("context"), category=category, client=client)
         return replace(prompt, chosen=chosen, rejected=rejected)
+    choices = pick("choices")
+    answer = told["response"] or next((name for name in ANSWERS if name in names and name not in taken), None)
+    if choices and answer and (told["choices"] or not (told["response"] or told["messages"])):
+        question = Columns(pick("instruction"), pick("context"), answer, category=category, client=client)
+        return replace(question, choices=choices)
     pairs_told = told["instruction"] or told["response"]
     messages = None if pairs_told and not told["messages"] else pick("messages")
     if messages:
         return Columns(messages=messages, category=category, client=client)
     layout = Columns(pick("instruction"), pick("context"), pick("response"), None, category, client)
+    test, entry_point = pick("test"), pick("entry_point")
+    if test and (told["test"] or entry_point or test == "test_list"):  # any column may be called "test"
+        layout = replace(layout, test=test, entry_point=entry_point)
     UserError.raise_all(
         Problem(
             where,
@@ -162,7 +179,11 @@ def rows_digest(examples: Sequence[Example]) -> str:
     sha = hashlib.sha256(examples_digest(examples).encode())
     for example in examples:
         rule = dict(example.check) if example.check else None
-        sha.update(json.dumps([example.category, example.client, rule], sort_keys=True).encode())
+        more = [
+            *([example.choices] if example.choices else []),
+            *([asdict(example.program)] if example.program else []),
+        ]
+        sha.update(json.dumps([example.category, example.client, rule, *more], sort_keys=True).encode())
     return sha.hexdigest()
 
 
@@ -181,10 +202,17 @@ def _example(row: Mapping[str, Any], layout: Columns, where: str, client: str | 
 
     if layout.chosen and layout.rejected:
         example = replace(_preferred(row, layout, where, problems.append), context=text(layout.context))
+    elif layout.choices:
+        choices, labels = read_choices(row.get(layout.choices), f"{where}, column {layout.choices!r}")
+        right = right_choice(row.get(str(layout.response)), choices, labels, f"{where}, column {layout.response!r}")
+        example = Example(text(layout.instruction), text(layout.context), choices[right], choices=choices)
     elif layout.messages:
         example = _from_turns(_messages(row[layout.messages], f"{where}, column {layout.messages!r}", problems.append))
     else:
         example = Example(text(layout.instruction), text(layout.context), text(layout.response))
+        if layout.test:
+            entry_point = text(layout.entry_point)
+            example = replace(example, program=read_program(row.get(layout.test), entry_point, where))
     category = text(layout.category, int) or EVERYTHING
     owner = text(layout.client, int) or client
     UserError.raise_all(problems)

@@ -15,33 +15,17 @@ import torch
 from flocktune.algorithms.preferences import PREFERENCE_METRICS, PreferenceLoss, measure_preferences
 from flocktune.config.schema import EvaluationConfig
 from flocktune.data.batching import evaluation_batches
-from flocktune.data.encoding import Encoded, encode_prompt
+from flocktune.data.encoding import Encoded
 from flocktune.data.examples import Example
 from flocktune.data.templates import Template
-from flocktune.evaluation.generate import evaluating, generate_answers, prompt_room
-from flocktune.evaluation.scores import SCORES, score
+from flocktune.evaluation.generate import evaluating
+from flocktune.evaluation.scores import SCORES, interval
+from flocktune.evaluation.tasks import Answer, Speaker, answer_all
 from flocktune.training import next_token_loss
 from flocktune.types import Mean, merge_metrics
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model answered to one example, and how that scored."""
-
-    example: Example
-    text: str
-    scores: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """A row of ``answers.jsonl``."""
-        return {
-            "category": self.example.category,
-            "instruction": self.example.instruction,
-            "context": self.example.context,
-            "reference": self.example.response,
-            "answer": self.text,
-            "scores": dict(self.scores),
-        }
+RIGHT_OR_WRONG = tuple(name for name in SCORES if name != "rouge_l")
+"""Scores that are a share of right answers."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +51,19 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """``{"overall": {name: value, ..., "rows": n}, "categories": {name: the same}}``, ready for JSON.
 
-        Perplexity is exp of the mean loss; pairs have none. What could not be measured is None, what was not asked for
-        absent.
+        ``intervals``, where something is right or wrong: of these shares, overall,
+        ``{name: {"low": ..., "high": ...}}`` of 95 % confidence. Perplexity is exp of the mean loss; pairs have none.
+        What could not be measured is None, what was not asked for absent.
         """
+        overall = self.overall
+        shares = {name: overall[name] for name in RIGHT_OR_WRONG if name in overall and overall[name].count}
+        intervals = {name: interval(mean.value, int(mean.count)) for name, mean in shares.items()}
         return {
-            "overall": _values(self.overall, sum(self.rows.values())),
+            "overall": _values(overall, sum(self.rows.values())),
             "categories": {name: _values(table, self.rows[name]) for name, table in self.categories.items()},
+            **(
+                {"intervals": {n: {"low": low, "high": high} for n, (low, high) in intervals.items()}} if shares else {}
+            ),
         }
 
 
@@ -91,11 +82,11 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``model`` on ``examples``; row i of ``encoded`` is example i, encoded for training.
 
-    Loss: summed over batches that never mix categories, so it is exact. Answers, when
-    ``settings.generate``: greedy, to prompts as they stand in training. ``max_rows`` evaluates that many
-    rows, spread evenly over the categories' rows, and always the same ones. ``preferences``: the loss of preference
-    data; no answers are written then. The model is in evaluation mode meanwhile. Raises UserError when
-    ``settings.max_new_tokens`` leaves no room for a prompt.
+    Loss: summed over batches that never mix categories, so it is exact. Answers, and their scores: as
+    ``settings.task`` has it, to prompts as they stand in training (:mod:`flocktune.evaluation.tasks`). ``max_rows``
+    evaluates that many rows, spread evenly over the categories' rows, and always the same ones. ``preferences``: the
+    loss of preference data; no answers are written then. The model is in evaluation mode meanwhile. Raises UserError
+    when ``settings.max_new_tokens`` leaves no room for a prompt, or the rows are not what the task needs.
     """
     chosen = choose_rows(examples, max_rows)
     by_category: dict[str, list[int]] = {}
@@ -114,10 +105,9 @@ def evaluate(
             name: {"loss": category_loss(model, encoded, rows, batch_size=settings.batch_size, pad_id=pad_id)}
             for name, rows in by_category.items()
         }
-    answers: list[Answer] = []
-    if settings.generate:
-        asked = [examples[index] for index in chosen]
-        answers = _answer_all(model, tokenizer, asked, settings=settings, template=template, max_tokens=max_tokens)
+    asked = [examples[index] for index in chosen]
+    speaker = Speaker(model, tokenizer, template, max_tokens, pad_id)
+    answers = answer_all(speaker, asked, settings)
     for answer in answers:
         means = {name: Mean(value, 1) for name, value in answer.scores.items()}
         tables[answer.example.category] = merge_metrics(tables[answer.example.category], means)
@@ -156,23 +146,6 @@ def pair_means(
         return {}
     batches = evaluation_batches(encoded, trainable, batch_size=batch_size, batching="padded", pad_id=pad_id)
     return measure_preferences(loss.anew(), model, (batch for _, batch in batches))
-
-
-def _answer_all(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    settings: EvaluationConfig,
-    template: Template,
-    max_tokens: int,
-) -> list[Answer]:
-    room = min(max_tokens, prompt_room(model, settings.max_new_tokens))
-    prompts = [encode_prompt(example, tokenizer, template=template, max_tokens=room) for example in examples]
-    texts = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-    )
-    return [Answer(example, text, score(text, example)) for example, text in zip(examples, texts, strict=True)]
 
 
 def _values(table: Mapping[str, Mean], rows: int) -> dict[str, float | int | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
 from functools import cache
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flocktune.data.checks import passes
@@ -13,7 +15,17 @@ from flocktune.data.checks import passes
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-SCORES = ("exact_match", "contains", "rouge_l", "checked")
+TEXT_SCORES = ("exact_match", "contains", "rouge_l", "checked")
+SCORES = (
+    *TEXT_SCORES,
+    "number_match",
+    "choice",
+    "choice_per_token",
+    "choice_per_byte",
+    "pass_at_1",
+    "pass_at_10",
+    "pass_at_100",
+)
 """Every score there is, in the order in which they are shown."""
 
 _END = " .,;:!?"
@@ -68,6 +80,18 @@ def score(answer: str, example: Scored) -> dict[str, float]:
         "rouge_l": rouge_l(answer, reference),
     }
     return scores if example.check is None else {**scores, "checked": float(passes(answer, example.check))}
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """A 95 % confidence interval of a share of ``count`` rows: Wilson's (1927), which holds for few rows too.
+
+    Of a mean of numbers between 0 and 1, such as pass@k over questions, it is on the safe side: right or wrong varies
+    the most.
+    """
+    z2 = NormalDist().inv_cdf(0.975) ** 2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 class _Words:

@@ -15,7 +15,7 @@ from flocktune.report import clients, emulator, sections
 from flocktune.report.grids import legend
 from flocktune.report.outcome import main_method, outcome, tiles, travel
 from flocktune.report.runs import Experiment, load_experiment
-from flocktune.report.summaries import datasets, method_label, number
+from flocktune.report.summaries import DECISIVE, datasets, method_label, number
 from flocktune.report.tables import comparison_grid
 
 REPORT_NAME = "report.html"
@@ -212,11 +212,12 @@ def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    """Right, wrong, or ROUGE-L when no rule decides."""
+    """Right, wrong, or ROUGE-L when nothing decides."""
     scores = row.get("scores") or {}
-    checked, rouge = number(scores.get("checked")), number(scores.get("rouge_l"))
-    if checked is not None:
-        return "right" if checked else "wrong"
+    right = next((value for name in DECISIVE if (value := number(scores.get(name))) is not None), None)
+    rouge = number(scores.get("rouge_l"))
+    if right is not None:
+        return {0.0: "wrong", 1.0: "right"}.get(right, f"{right * 100:.0f} % of its programs pass")
     return "" if rouge is None else f"ROUGE-L {rouge * 100:.0f} %"
 
 

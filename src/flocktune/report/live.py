@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flocktune.report.summaries import METRIC_NAMES, SHARES, Value, method_label, number, plain_dataset
+from flocktune.report.summaries import DECISIVE, METRIC_NAMES, SHARES, Value, method_label, number, plain_dataset
 from flocktune.report.tables import NOTHING, format_bytes, format_metric, format_seconds
 
 _ROUNDS_REMEMBERED = 5
@@ -190,7 +190,7 @@ def _short(divergence: float) -> str:
 
 def _scores(event: Mapping[str, Any]) -> str:
     overall = event.get("overall") or {}
-    names = ("checked", "exact_match", "rouge_l", "reward_accuracy", "prefers_chosen")
+    names = (*DECISIVE, "exact_match", "rouge_l", "reward_accuracy", "prefers_chosen")
     shown = [name for name in names if number(overall.get(name)) is not None]
     shown = [*shown[:2], *(["loss"] if number(overall.get("loss")) is not None else [])]  # fits 80 columns
     texts = (

@@ -27,6 +27,9 @@ from flocktune.report.tables import format_bytes, format_gap, format_metric, for
 
 _SAYS = {
     "checked": "answers {} of the held-out questions correctly",
+    "number_match": "ends {} of its answers with the right number",
+    "choice": "holds the right one of several choices for the likeliest in {} of the held-out questions",
+    "pass_at_1": "writes a program that passes its tests for {} of the held-out prompts",
     "rouge_l": "reaches a ROUGE-L of {} on the held-out rows",
     "exact_match": "gives {} of the held-out answers exactly",
     "contains": "gives {} of the held-out answers somewhere in its own",

@@ -14,6 +14,7 @@ from flocktune.report.grids import Participation, holdings, participation
 from flocktune.report.outcome import main_method
 from flocktune.report.runs import Experiment, Run
 from flocktune.report.summaries import (
+    DECISIVE,
     METRIC_NAMES,
     SHARES,
     categories,
@@ -57,7 +58,7 @@ def curves(experiment: Experiment) -> list[tuple[str, Markup]]:
     """Training loss, then every held-out metric that was measured more than once: (title, picture)."""
     charts = [_training_loss(experiment)]
     for dataset in datasets(experiment.summaries):
-        shown = ("loss", "checked", "rouge_l", "exact_match", "reward_accuracy", "prefers_chosen")
+        shown = ("loss", *DECISIVE, "rouge_l", "exact_match", "reward_accuracy", "prefers_chosen")
         names = [name for name in shown if _measured(experiment, dataset, name)]
         charts += [_evaluations(experiment, dataset, name) for name in names[:3]]
     main = experiment.methods.get(main_method(experiment)) or []

@@ -16,6 +16,7 @@ from rich.text import Text
 from flocktune.report.study_claims import claim_lines, claims_grid, claims_note, on_dataset
 from flocktune.report.study_rows import Column, Row, StudyResult, outcome_label, rows
 from flocktune.report.summaries import (
+    DECISIVE,
     METRIC_NAMES,
     SHARES,
     Summary,
@@ -171,7 +172,7 @@ def _scores(result: StudyResult, found: Sequence[Row], dataset: str) -> Iterator
     headline = headline_metric(summaries, dataset)
     claimed = {claim.metric for claim in result.config.claims if claim.dataset == dataset}
     wanted = {headline, "rouge_l", "prefers_chosen", "loss", "loss_std", "loss_worst_tenth", *claimed}
-    wanted |= {"exact_match"} if headline != "checked" else set()
+    wanted |= {"exact_match"} if headline not in DECISIVE else set()
     for name in METRIC_NAMES:
         if name not in wanted or not any(metric(row.summary, dataset, name) for row in found):
             continue

@@ -19,6 +19,13 @@ Summary: TypeAlias = Mapping[str, Any]
 
 METRIC_NAMES = {
     "checked": "Correct",
+    "number_match": "Right number",
+    "choice": "Right choice",
+    "choice_per_token": "Choice by token",
+    "choice_per_byte": "Choice by byte",
+    "pass_at_1": "pass@1",
+    "pass_at_10": "pass@10",
+    "pass_at_100": "pass@100",
     "rouge_l": "ROUGE-L",
     "exact_match": "Exact match",
     "contains": "Contains",
@@ -31,7 +38,13 @@ METRIC_NAMES = {
 }
 """How a metric is called on paper; the headline metric is the first of these that was measured."""
 
-SHARES = frozenset({"checked", "exact_match", "contains", "rouge_l", "reward_accuracy", "prefers_chosen"})
+DECISIVE = ("checked", "number_match", "choice", "pass_at_1")
+"""Metrics that say whether an answer is right: where one is measured, likeness to the reference matters less."""
+
+SHARES = frozenset(
+    {*DECISIVE, "choice_per_token", "choice_per_byte", "pass_at_10", "pass_at_100"}
+    | {"exact_match", "contains", "rouge_l", "reward_accuracy", "prefers_chosen"}
+)
 """Metrics between 0 and 1, shown in percent: more is better. Of the others, less is better."""
 
 _ON_EMULATOR = "_emulator"
@@ -98,11 +111,12 @@ def headline_metric(summaries: Mapping[str, Summary], dataset: str) -> str | Non
 
 
 def table_metrics(summaries: Mapping[str, Summary], dataset: str) -> list[str]:
-    """The columns of a comparison: answers by rule, or exact match and ROUGE-L when there is no rule; the loss.
+    """The columns of a comparison: right answers, or exact match and ROUGE-L when nothing decides; the loss.
 
     Of preference data: whose chosen answer has the higher reward, and whose the higher probability.
     """
-    scores = ["checked"] if _measured(summaries, dataset, "checked") else ["exact_match", "rouge_l"]
+    decisive = [name for name in DECISIVE if _measured(summaries, dataset, name)]
+    scores = decisive or ["exact_match", "rouge_l"]
     scores += ["reward_accuracy", "prefers_chosen"]
     return [name for name in (*scores, "loss") if _measured(summaries, dataset, name)]
 
@@ -129,7 +143,11 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
     """
     if len(runs) == 1:
         return dict(runs[0])
-    metrics = [run.get("metrics") or {} for run in runs]
+    # An interval is of one run's rows; over seeds there is the deviation.
+    metrics = [
+        {name: {part: of for part, of in table.items() if part != "intervals"} for name, table in measured.items()}
+        for measured in (run.get("metrics") or {} for run in runs)
+    ]
     combined = {**runs[0], "seeds": [run.get("seed") for run in runs], "runs": [dict(run) for run in runs]}
     for key in ("seed", "adapter_sha256"):
         combined.pop(key, None)

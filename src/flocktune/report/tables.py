@@ -135,6 +135,16 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def interval_line(evaluation: Mapping[str, Any]) -> str:
+    """The 95 % interval of the first share of right answers there is, in words; empty when there is none."""
+    found = evaluation.get("intervals") or {}
+    name = next((name for name in METRIC_NAMES if name in found), None)
+    if name is None:
+        return ""
+    low, high = (f"{found[name][end] * 100:.1f}" for end in ("low", "high"))
+    return f"95 % interval: {METRIC_NAMES[name]} {low} to {high} %, of {evaluation['overall']['rows']:,} rows"
+
+
 def format_metric(name: str, value: Value | None) -> str:
     """A metric for a table: shares in percent with one decimal, others with three, or two beside a std over seeds."""
     if value is None:
@@ -175,6 +185,7 @@ def format_seconds(seconds: float | None) -> str:
 
 def _headings(names: Sequence[str]) -> list[str]:
     short = {"exact_match": "Exact", "reward_accuracy": "Reward", "prefers_chosen": "Chosen"}
+    short |= {"choice_per_token": "By token", "choice_per_byte": "By byte"}
     called = {**METRIC_NAMES, **short}  # every letter counts at 80 columns
     return [f"{called[name]} %" if name in SHARES else called[name] for name in names]
 

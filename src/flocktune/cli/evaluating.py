@@ -1,0 +1,117 @@
+"""The verb that says how good a run's result is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flocktune.cli.common import app, console
+
+if TYPE_CHECKING:
+    from flocktune.config.schema import Columns, EvaluationConfig
+    from flocktune.evaluation.evaluate import Evaluation
+
+_TASK = "What is measured"
+
+
+@app.command("eval")
+def evaluate_command(
+    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
+    data: Annotated[
+        str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    model: Annotated[
+        str, typer.Option("--as", help="FedBiOT: the adapter in the full model (full), or on the emulator (emulator).")
+    ] = "full",
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Also write every answer, with its scores, as JSON lines.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="text, number or choice; default: as the run has it.", rich_help_panel=_TASK),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="What a column of --data is: choices=options. Repeat it.", rich_help_panel=_TASK),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The longest answer, in tokens; default: the run's.", rich_help_panel=_TASK),
+    ] = None,
+) -> None:
+    """How good a run's result is: loss, and right answers by the task's own rule, by category."""
+    from flocktune.evaluation.choices import by_chance
+    from flocktune.files import write_json
+    from flocktune.report.tables import evaluation_table, interval_line
+    from flocktune.results import evaluate_on, open_result
+
+    columns = _columns(column or [], data)
+    tuned = open_result(result, method, base, emulator=_as_emulator(model))
+    settings = _settings(tuned.config.evaluation, task, max_new_tokens)
+    found = evaluate_on(tuned, data, max_rows, settings, columns)
+    numbers = found.as_dict()
+    console.print(evaluation_table(numbers))
+    if line := interval_line(numbers):
+        console.print(line, style="dim")
+    if settings.task == "choice":
+        numbers["by_chance"] = by_chance([answer.example for answer in found.answers])
+        console.print(f"Guessing gives {numbers['by_chance'] * 100:.1f} %", style="dim")
+    if answers:
+        _write_answers(found, answers)
+    if output:
+        write_json(output, {"task": settings.task, **numbers})
+
+
+def _settings(run: EvaluationConfig, task: str | None, max_new_tokens: int | None) -> EvaluationConfig:
+    """The run's settings, with what the command line changes. Raises UserError."""
+    from flocktune.config.tasks import TASKS
+    from flocktune.errors import Problem, UserError
+
+    if task not in (None, *TASKS):
+        raise UserError(Problem("--task", f"one of {', '.join(TASKS)}", repr(task)))
+    changes: dict[str, Any] = {"task": task, "generate": True if task else None, "max_new_tokens": max_new_tokens}
+    return dataclasses.replace(run, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _columns(told: Sequence[str], data: str | None) -> Columns | None:
+    """``field=name`` pairs as columns; None where there are none. Raises UserError."""
+    from flocktune.config.schema import Columns
+    from flocktune.errors import Problem, UserError
+
+    if not told:
+        return None
+    if data is None:
+        raise UserError(Problem("--column", "--data besides: it says what its columns are", "no --data"))
+    fields = [field.name for field in dataclasses.fields(Columns)]
+    pairs = [text.partition("=") for text in told]
+    UserError.raise_all(
+        Problem("--column", f"FIELD=COLUMN, with one of {', '.join(fields)}", repr("".join(pair)))
+        for pair in pairs
+        if pair[0] not in fields or not pair[2]
+    )
+    return Columns(**{field: name for field, _, name in pairs})
+
+
+def _write_answers(found: Evaluation, path: Path) -> None:
+    from flocktune.files import write_atomic
+
+    lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in found.answers)
+    write_atomic(path, "".join(lines))
+    console.print(f"Wrote {path}", soft_wrap=True)
+
+
+def _as_emulator(model: str) -> bool:
+    from flocktune.errors import Problem, UserError
+
+    if model not in ("full", "emulator"):
+        raise UserError(Problem("--as", "full or emulator", repr(model)))
+    return model == "emulator"
