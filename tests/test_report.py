@@ -19,10 +19,12 @@ from rich.console import Console
 
 from flocktune.errors import UserError
 from flocktune.report import charts, emulator, grids, svg, tables
+from flocktune.report.cost import seconds_of
 from flocktune.report.events import EventLog, read_events, truncate_after
 from flocktune.report.html import write_holdings, write_report
 from flocktune.report.live import LiveView
-from flocktune.report.outcome import outcome
+from flocktune.report.outcome import verdict, what_was_run
+from flocktune.report.page import unbroken
 from flocktune.report.runs import load_experiment, load_run
 from flocktune.report.summaries import Value, combine_seeds, datasets, metric, plug_in_gap
 from flocktune.report.trackers import Trackers
@@ -663,7 +665,7 @@ class Page(HTMLParser):
 def check_page(path: Path) -> tuple[str, Page]:
     text = path.read_text()
     page = Page(text)
-    assert not page.outside
+    assert page.outside == ["#main"]
     assert not re.search(r"https?://|@import|url\(", text)
     assert len(page.ids) == len(set(page.ids))
     assert set(page.labels) <= set(page.ids)
@@ -679,8 +681,9 @@ def test_a_single_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     text, page = check_page(write_report(tmp_path / "run"))
     assert "Worth knowing" not in text
-    assert page.counts["svg"] == 11  # 4 curves, update norm, aggregation error, categories, 2 grids, time, bytes
-    assert "20 of 20" in text
+    # 4 curves, the first 3 of them in 8 categories, update norm, aggregation error, categories, 2 grids, time
+    assert page.counts["svg"] == 4 + len(CATEGORIES) + 2 + 1 + 2 + 1
+    assert "20 of 20 rounds done" in text
     assert "A bus &lt;sic&gt;." in text
     assert "2.13.0" in text
 
@@ -689,21 +692,21 @@ def test_a_comparison_tells_the_order_of_methods(tmp_path: Path) -> None:
     summaries = write_comparison(tmp_path)
     text, page = check_page(write_report(tmp_path))
     assert "The order base &lt; local &lt; FedIT &lt; centralised holds in this one seed." in text
-    assert page.counts["svg"] == 6 + len(CATEGORIES) + 4
+    assert page.counts["svg"] == 1 + 6 + 2 * len(CATEGORIES) + 3  # the methods, curves, categories, 2 grids, time
     for summary in summaries.values():
         assert f"{summary['metrics']['test']['overall']['checked'] * 100:.1f}" in text
     summaries["fedit"]["metrics"]["test"]["overall"]["checked"] = 0.99
     (tmp_path / "summary.json").write_text(json.dumps(summaries))
-    assert "centralised does not hold" in outcome(load_experiment(tmp_path))
+    assert "centralised does not hold" in verdict(load_experiment(tmp_path))
 
 
 def test_fedbiot_says_what_the_owner_and_a_client_gain(tmp_path: Path) -> None:
     summaries = write_plugged(tmp_path)
     text, page = check_page(write_report(tmp_path))
-    said = outcome(load_experiment(tmp_path))
+    said = f"{what_was_run(load_experiment(tmp_path))} {verdict(load_experiment(tmp_path))}"
     full, emulated = (summaries["fedbiot"]["metrics"][name]["overall"]["checked"] for name in
                       ("held_out", "held_out_emulator"))  # fmt: skip
-    assert said.startswith("FedBiOT: 8 rounds with 10 clients")  # and not FedIT, its upper bound
+    assert said.startswith("10 clients tuned english-7m together by FedBiOT: 8 rounds")  # not FedIT, its upper bound
     for part in (
         f"(AdapFu) answers {full * 100:.1f} % of the held-out questions correctly",
         f"(AdapEmu), it gets to {emulated * 100:.1f} %.",
@@ -715,14 +718,14 @@ def test_fedbiot_says_what_the_owner_and_a_client_gain(tmp_path: Path) -> None:
         "not a guarantee",
     ):
         assert part in said
-    assert page.counts["svg"] == 6 + len(CATEGORIES) + 4 + 2  # as ever, the split and the fidelity
-    assert "5 of 8" in text
+    assert page.counts["svg"] == 1 + 6 + 2 * len(CATEGORIES) + 3 + 2  # as ever, the split and the fidelity
     assert "0f0f" in text
     assert "Fidelity of the emulator" in text
     assert "Before the first alignment it was off this scale: public rows 3.9, held-out rows 4." in text
-    assert "One local step costs a client: FedBiOT 1.25 GFLOP, 3.4 MB of activations; FedIT 2.5 GFLOP." in text
-    assert "FedBiOT, the emulator, once to a client: 50 MB" in text
-    assert "FedBiOT, align: 12.0 s" in text
+    step = "One local step costs a client: FedBiOT 1.25 GFLOP, 3.4 MB of activations; FedIT 2.5 GFLOP."
+    assert unbroken(step) in text
+    assert re.search(r'<td data-value="5e\+07">50 MB</td>', text)  # the emulator, once to a client
+    assert re.search(r'<th scope="row">align</th><td>–</td><td data-value="12">12.0 s</td>', text)
     assert text.index(">align<") < text.index(">forward and backward<")  # in the order of the work
     assert re.search(r"<desc[^>]*>[^<]*AdapFu: [^;]+; AdapEmu: ", text)
 
@@ -749,9 +752,11 @@ def test_the_fidelity_is_a_saw_tooth_of_means(tmp_path: Path) -> None:
 
     drawn = emulator.fidelity([run((1.0, 0.5), (0.8, 0.4)), run((2.0, 0.7), (None, 0.6))])
     assert drawn is not None
-    notes = [element.text for element in ET.fromstring(drawn[1]).iter("title")][1:]
+    notes = [element.text for element in ET.fromstring(drawn.picture).iter("title")][1:]
     assert notes == [f"Public rows, {text}" for text in ("0: 1.5", "0: 0.6", "1: 0.8", "1: 0.5")]
-    assert drawn[2] == ""
+    assert drawn.note == ""
+    assert drawn.numbers is not None
+    assert [[cell.text for cell in row] for row in drawn.numbers.rows] == [["0", "1.5 → 0.6"], ["1", "0.8 → 0.5"]]
     assert emulator.fidelity([SimpleNamespace(alignments=[])]) is None
 
 
@@ -909,7 +914,7 @@ def test_hostile_text_is_shown_and_not_run(tmp_path: Path) -> None:
     )
     (folder / "recipe.yaml").write_text(f"name: {evil}")
     text, page = check_page(write_report(folder))
-    assert "script" not in page.counts
+    assert page.counts["script"] == 1  # the page's own
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5
 
 
@@ -923,10 +928,8 @@ def test_who_holds_what_alone(tmp_path: Path) -> None:
 
 
 def test_evaluation_time_is_counted_once(tmp_path: Path) -> None:
-    from flocktune.report.sections import _seconds
-
     rounds = [{"seconds": {"forward_backward": 2.0}}, {"seconds": {"forward_backward": 3.0, "save": 1.0}}]
     run = SimpleNamespace(rounds=rounds, evaluations=[{"seconds": 4.0}, {"seconds": 5.0}])
-    assert _seconds(run) == {"forward and backward": 5.0, "save": 1.0, "evaluate": 9.0}
+    assert seconds_of(run) == {"forward and backward": 5.0, "save": 1.0, "evaluate": 9.0}
     run.rounds[0]["seconds"]["evaluate"] = 4.0
-    assert _seconds(run)["evaluate"] == 4.0
+    assert seconds_of(run)["evaluate"] == 4.0

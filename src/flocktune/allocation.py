@@ -17,6 +17,7 @@ from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import RunConfig, SamplePrivacy
 from flocktune.data.batching import training_batches
 from flocktune.data.canaries import canaries
+from flocktune.data.examples import rows_digest
 from flocktune.data.heterogeneity import category_counts, heterogeneity
 from flocktune.data.partition import Partition, allocate, hold_out
 from flocktune.errors import Problem, UserError
@@ -42,9 +43,10 @@ class ClientRows:
     attackers: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """What a run tells about its data: counts only, never a text. Of owners' rows elsewhere nothing is known."""
+        """What a run tells about its data: counts and a digest, no text. Of owners' rows elsewhere nothing is known."""
+        test = {"test": self._test_counts(), "test_digest": rows_digest(self.test.examples)}
         if not self.train.examples:
-            return {"clients": {}, "owners": list(self.clients), "test": self._test_counts()}
+            return {"clients": {}, "owners": list(self.clients), **test}
         categories = self.train.categories
         counts = category_counts(self.clients, categories)
         lengths = self.train.encoded.lengths
@@ -58,7 +60,7 @@ class ClientRows:
                 for name, rows in self.clients.items()
             },
             "heterogeneity": asdict(heterogeneity(self.clients, categories)),
-            "test": self._test_counts(),
+            **test,
             "untrainable_rows": len(self.train.report.untrainable),
             "truncated_rows": self.train.report.truncated,
             "unassigned_rows": self.unassigned,

@@ -188,6 +188,8 @@ def round_event(record: RoundRecord, more_seconds: Mapping[str, float]) -> dict[
             "tokens": metrics["tokens"].total,
             "seconds": metrics["seconds"].total,
             "steps": metrics["steps"].total,
+            **({"bytes_up": client.bytes_up} if client.bytes_up is not None else {}),
+            **({"epsilon": metrics["epsilon"].value} if "epsilon" in metrics else {}),
         }
         for name, client in record.clients.items()
         for metrics in [defaultdict(Mean, client.metrics)]

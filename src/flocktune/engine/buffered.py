@@ -240,13 +240,15 @@ class _Intake:
             if work is None:
                 continue
             self.replied.append(task.client)
+            size = None
             if isinstance(reply, Update):
-                self.bytes_up += encoded_size(reply.delta)
+                size = encoded_size(reply.delta)
+                self.bytes_up += size
                 reply = self._checked(task, reply)
             if isinstance(reply, Failure):
                 self.desk.failed.add(task.client)
             else:
-                reply = self._weighed(task.client, reply, self.number - work.round)
+                reply = self._weighed(task.client, reply, self.number - work.round, size)
             if isinstance(reply, Failure):
                 self.failures.append(reply)
                 continue
@@ -264,12 +266,12 @@ class _Intake:
         self.bytes_plain += encoded_size(update.delta) if self.transforms else 0
         return update
 
-    def _weighed(self, client: str, update: Update, staleness: int) -> Update | Failure:
+    def _weighed(self, client: str, update: Update, staleness: int, size: int | None) -> Update | Failure:
         """The update as it counts at its age. Its record keeps the weight that the client gave."""
         oldest = self.settings.max_staleness
         if oldest is not None and staleness > oldest:
             return Failure(client, f"too old: begun {staleness} rounds ago, the oldest that counts is {oldest}")
-        self.clients[client] = ClientRecord(update.weight, update.metrics)
+        self.clients[client] = ClientRecord(update.weight, update.metrics, size)
         if len(self.kept) < self.hooks.diagnose_clients:
             self.kept.append(update)
         self.staleness += staleness

@@ -27,10 +27,11 @@ from flocktune.wire import encoded_size
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What one usable update said of itself."""
+    """What one usable update said of itself, and its encoded size in bytes; None where only a sum was seen."""
 
     weight: float
     metrics: Mapping[str, Mean]
+    bytes_up: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,14 +248,16 @@ class _Intake:
             for client in clients:
                 self.answered += 1
                 self.hooks.on_reply(self.answered, len(self.cohort.asked), client)
+            size = None
             if isinstance(reply, Update):
+                size = encoded_size(reply.delta) if len(clients) == 1 else None
                 reply = self._checked(clients, reply)
             if isinstance(reply, Failure):
                 self.failures.append(reply)
                 continue
             for client in clients:  # of a sum of several, nothing is known of one
                 alone = reply.metrics if len(clients) == 1 else {}
-                self.clients[client] = ClientRecord(reply.weight / len(clients), alone)
+                self.clients[client] = ClientRecord(reply.weight / len(clients), alone, size)
             if len(self.kept) < self.hooks.diagnose_clients:
                 self.kept.append(reply)
             yield reply

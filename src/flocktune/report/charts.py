@@ -79,11 +79,13 @@ def line_chart(
     )
 
 
-def bar_panel(bars: Sequence[Bar], *, title: str, description: str, highest: float, value_format: Format) -> Markup:
+def bar_panel(
+    bars: Sequence[Bar], *, title: str, description: str, highest: float, value_format: Format, width: float = 320
+) -> Markup:
     """Horizontal bars from 0 to ``highest``, one below the other, each with its name and value."""
     letters = min(24, max((len(bar.label) for bar in bars), default=0))
-    row, left, width = 21.0, 8 + 6.4 * letters, 320.0
-    to_x = linear(0, highest or 1, left, width - 48)
+    row, left = 24.0, 8 + 6.9 * letters
+    to_x = linear(0, highest or 1, left, width - 56)
     drawn = []
     for place, bar in enumerate(bars):
         middle = place * row + row / 2

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
+from flocktune.report.figures import Figure
 from flocktune.report.runs import Experiment, Run
-from flocktune.report.sections import style_of
+from flocktune.report.styles import style_of
 from flocktune.report.summaries import Value, method_label, metric, number
 from flocktune.report.svg import clipped, drawing, linear, tag, text, ticks
-from flocktune.report.tables import format_metric
+from flocktune.report.tables import NOTHING, Cell, Grid, format_metric
 
 ADAPTERS = {"clients": "common", "clients_own": "own"}
 """Data sets of a run's metrics -> whose adapter each client was evaluated with."""
 
 COLUMNS = ("loss", "loss_std", "loss_worst_tenth")
+_HEADINGS = ("Method", "Adapter", "Mean", "Standard deviation", "Worst tenth")
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,25 @@ class Fared:
     style: str
     label: str
     adapter: str
-    cells: tuple[str, ...]
+    cells: tuple[Cell, ...]
     losses: Mapping[str, float]
 
 
-def how_clients_fared(experiment: Experiment) -> tuple[list[Fared], Markup | None] | None:
-    """The rows of the table, and the picture; None when no run was evaluated client by client."""
+def how_clients_fared(experiment: Experiment) -> tuple[Grid, list[str], Figure | None] | None:
+    """The table, its rows' styles, and the picture; None when no run was evaluated client by client."""
     keys = list(experiment.summaries)
     rows = []
     for key, summary in experiment.summaries.items():
         for dataset, adapter in ADAPTERS.items():
             values = [metric(summary, dataset, name) for name in COLUMNS]
             if any(values):
-                cells = tuple(format_metric("loss", value) for value in values)
+                cells = tuple(Cell(format_metric("loss", v), value=v.mean if v else None) for v in values)
                 losses = _losses(next(iter(experiment.methods.get(key) or []), None), dataset)
                 rows.append(Fared(style_of(key, keys)[0], method_label(key, summary), adapter, cells, losses))
-    return (rows, _strip(rows)) if rows else None
+    if not rows:
+        return None
+    grid = Grid(_HEADINGS, tuple((Cell(row.label), Cell(row.adapter), *row.cells) for row in rows))
+    return grid, [row.style for row in rows], _strip(rows)
 
 
 def _losses(run: Run | None, dataset: str) -> dict[str, float]:
@@ -52,7 +55,7 @@ def _losses(run: Run | None, dataset: str) -> dict[str, float]:
     return {client: loss for client, loss in losses.items() if loss is not None}
 
 
-def _strip(rows: list[Fared]) -> Markup | None:
+def _strip(rows: list[Fared]) -> Figure | None:
     """A dot a client on one scale, a line of dots a row; a dot's name is in its title."""
     shown = [row for row in rows if row.losses]
     if not shown:
@@ -77,4 +80,11 @@ def _strip(rows: list[Fared]) -> Markup | None:
         f"{row.label}, {row.adapter} adapter: {min(row.losses.values()):.2f} to {max(row.losses.values()):.2f}"
         for row in shown
     )
-    return drawing(width, bottom + 26, "Each client's loss on its own held-out rows", said, *drawn)
+    title = "Each client's loss on its own held-out rows"
+    named = dict.fromkeys(client for row in shown for client in row.losses)
+    numbers = (
+        (Cell(client), *(Cell(f"{row.losses[client]:.3f}" if client in row.losses else NOTHING) for row in shown))
+        for client in named
+    )
+    headings = ("Client", *(f"{row.label}, {row.adapter} adapter" for row in shown))
+    return Figure(title, drawing(width, bottom + 26, title, said, *drawn), Grid(headings, tuple(numbers)))

@@ -14,10 +14,11 @@ from typing import Any
 from markupsafe import Markup
 
 from flocktune.report.charts import Line, line_chart
+from flocktune.report.figures import Figure
 from flocktune.report.runs import Run
 from flocktune.report.summaries import SHARES, Summary, Value, emulator_dataset, metric, number, plug_in_gap
 from flocktune.report.svg import drawing, tag, text
-from flocktune.report.tables import format_bytes, format_metric, format_seconds
+from flocktune.report.tables import NOTHING, Cell, Grid, format_bytes, format_metric, format_seconds
 
 _WIDE, _NARROW, _LEFT = 1040.0, 540.0, 84.0
 """As the grids and the charts of a page, so that letters have one size in all pictures."""
@@ -118,8 +119,8 @@ def client_cost(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> 
             number(cost.get(name)) if isinstance(cost, Mapping) else None for name in names
         )
         seconds = number(summary.get("client_seconds_per_step"))
-        parts = [_flops(flops)] if flops else []
-        parts += [f"{_flops(cached * tokens)} in later epochs of a round"] if cached and tokens else []
+        parts = [spoken_flops(flops)] if flops else []
+        parts += [f"{spoken_flops(cached * tokens)} in later epochs of a round"] if cached and tokens else []
         parts += [f"{format_bytes(activations)} of activations"] if activations else []
         parts += [format_seconds(seconds)] if seconds else []
         told += [f"{labels[key]} {', '.join(parts)}"] if parts else []
@@ -162,8 +163,8 @@ def split_picture(emulator: Emulator) -> Markup:
     return drawing(whole, 158, "What clients hold of the model", said, *drawn)
 
 
-def fidelity(runs: Sequence[Run]) -> tuple[str, Markup, str] | None:
-    """KL(full model || emulator) before and after each alignment, as a saw-tooth: (title, picture, a remark).
+def fidelity(runs: Sequence[Run]) -> Figure | None:
+    """KL(full model || emulator) before and after each alignment, as a saw-tooth.
 
     Means over seeds. An alignment stands at the rounds done before it; what the rounds in between cost shows as the
     way up, what an alignment gains as the way down.
@@ -180,10 +181,30 @@ def fidelity(runs: Sequence[Run]) -> tuple[str, Markup, str] | None:
     said = "; ".join(f"{line.label}: {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines)
     far = ", ".join(f"{_ROWS[rows].lower()} {statistics.fmean(values):.3g}" for rows, values in first.items())
     remark = f"Before the first alignment it was off this scale: {far}." if far else ""
-    picture = line_chart(
-        lines, title=_FIDELITY, description=said, x_label="rounds done", y_format=lambda value: f"{value:.3g}"
+    picture = line_chart(lines, title=_FIDELITY, description=said, x_label="rounds done", y_format=_three)
+    whole = {
+        _ROWS[rows]: {**curve, **({(0, 0): first[rows]} if rows in first else {})} for rows, curve in curves.items()
+    }
+    return Figure(_FIDELITY, picture, _numbers(whole), remark)
+
+
+def _numbers(curves: Mapping[str, Mapping[tuple[int, int], list[float]]]) -> Grid:
+    """A row an alignment: before -> after, of each kind of rows."""
+    told = {rows: curve for rows, curve in curves.items() if curve}
+    done = sorted({round for curve in told.values() for round, _ in curve})
+
+    def said(values: Sequence[float] | None) -> str:
+        return _three(statistics.fmean(values)) if values else NOTHING
+
+    rows = (
+        (Cell(str(round)), *(Cell(f"{said(c.get((round, 0)))} → {said(c.get((round, 1)))}") for c in told.values()))
+        for round in done
     )
-    return _FIDELITY, picture, remark
+    return Grid(("Rounds done", *told), tuple(rows))
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _divergences(runs: Sequence[Run], rows: str) -> dict[tuple[int, int], list[float]]:
@@ -237,7 +258,7 @@ def _indices(value: Any) -> list[int]:
     return [index for index in value if isinstance(index, int)] if isinstance(value, list) else []
 
 
-def _flops(value: float) -> str:
+def spoken_flops(value: float) -> str:
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

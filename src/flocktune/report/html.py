@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from flocktune.files import write_atomic
-from flocktune.report import clients, emulator, sections
-from flocktune.report.grids import legend
-from flocktune.report.outcome import main_method, outcome, tiles, travel
+from flocktune.report import clients, curves, emulator, sections
+from flocktune.report.cost import cost_grid, where_time_went
+from flocktune.report.figures import Figure
+from flocktune.report.glance import at_a_glance
+from flocktune.report.outcome import headline, main_method, verdict, what_was_run
+from flocktune.report.page import render_page
 from flocktune.report.runs import Experiment, load_experiment
-from flocktune.report.summaries import DECISIVE, datasets, method_label, number
-from flocktune.report.tables import comparison_grid
+from flocktune.report.samples import sample_answers
+from flocktune.report.styles import style_of
+from flocktune.report.summaries import datasets, method_label, number
+from flocktune.report.tables import Grid, comparison_grid
+from flocktune.report.taking_part import (
+    client_grid,
+    failures,
+    holdings_figure,
+    main_run,
+    reasons,
+    who_holds_what,
+    who_took_part,
+)
 
 REPORT_NAME = "report.html"
-_SAMPLES = 6
+_COSTS = ("Down", "Up", "Time")
+"""Columns of a comparison that the page shows among the costs."""
 
 T = TypeVar("T")
-
-_PARTICIPATION_KEY = legend(
-    [("answered", "answered"), ("failed", "failed"), ("unused", "asked, not needed")]
-)  # fmt: skip
 
 
 def write_report(run_folder: Path) -> Path:
@@ -51,37 +59,49 @@ def render_report(experiment: Experiment) -> str:
             notes.append(f"{what} could not be shown: the log is damaged ({type(error).__name__}: {error}).")
             return None
 
-    chosen = next(iter(datasets(experiment.summaries)), "")
-    grid = drawn("The comparison", lambda e: comparison_grid(e.summaries, chosen)) if chosen else None
-    styles = [sections.style_of(key, list(experiment.summaries))[0] for key in experiment.summaries]
+    keys = list(experiment.summaries)
+    main = main_method(experiment)
     context = {
-        "title": drawn("The title", _title) or experiment.folder.name,
-        "subtitle": drawn("The dates", _subtitle),
-        "outcome": drawn("The outcome", outcome),
-        "tiles": drawn("The headline numbers", tiles),
-        "dataset": chosen,
-        "grid": grid,
-        "grid_rows": list(zip(styles, grid.rows, strict=True)) if grid else [],
+        "lead": drawn("What was run", what_was_run),
+        "headline": drawn("The headline", headline),
+        "ladder": drawn("The methods", sections.ladder),
+        "verdict": drawn("The outcome", verdict),
+        "glances": drawn("The run at a glance", at_a_glance) or [],
+        "results": drawn("The comparison", _results),
+        "costs": drawn("The cost", cost_grid),
+        "styles": [style_of(key, keys)[0] for key in keys],
+        "main": style_of(main, keys)[0],
+        "alone": len(keys) < 2,
         "seeds": max((len(runs) for runs in experiment.methods.values()), default=1),
-        "split": drawn("What clients hold", _split),
-        "fidelity": drawn("The fidelity", lambda e: emulator.fidelity(e.methods.get(main_method(e)) or [])),
-        "client_cost": drawn("A client's cost", _client_cost) or "",
-        "curves": drawn("The curves", sections.curves),
-        "panels": drawn("The categories", sections.category_panels),
-        "by_client": drawn("How clients fared", clients.how_clients_fared),
-        "participation": drawn("Who took part", sections.who_took_part),
-        "participation_key": _PARTICIPATION_KEY,
-        "holdings": drawn("Who holds what", sections.who_holds_what),
+        "learning": drawn("The curves", curves.learning) or [],
+        "health": drawn("The rounds", curves.health) or [],
+        "panels": drawn("The categories", sections.category_panels) or [],
+        "category_numbers": drawn("The categories", sections.category_numbers),
+        "category_curves": drawn("The categories' curves", curves.category_curves) or [],
+        "participation": drawn("Who took part", who_took_part),
+        "clients": drawn("The clients", client_grid),
+        "holdings": drawn("Who holds what", who_holds_what),
         "heterogeneity": drawn("The heterogeneity", _heterogeneity) or "",
-        "time": drawn("The time", sections.where_time_went),
-        "bytes": drawn("The bytes", sections.what_travelled),
-        "travel": drawn("The bytes in words", travel),
-        "samples": drawn("Sample answers", _samples),
-        "failures": drawn("Failures", _failures),
+        "failures": drawn("Failures", failures) or [],
+        "reasons": reasons(drawn("Failures", failures) or []),
+        "by_client": drawn("How clients fared", clients.how_clients_fared),
+        "split": drawn("What clients hold", _split),
+        "fidelity": drawn("The fidelity", lambda e: emulator.fidelity(e.methods.get(main) or [])),
+        "time": drawn("The time", where_time_went),
+        "client_cost": drawn("A client's cost", _client_cost) or "",
+        "samples": drawn("Sample answers", sample_answers) or [],
         "recipe": experiment.recipe,
         "facts": drawn("The versions", _facts),
     }
-    return _environment().get_template("page.html").render(**context, notes=notes)
+    title, subtitle = drawn("The title", _title) or experiment.folder.name, drawn("The dates", _subtitle)
+    return render_page(
+        "page.html",
+        kind="flocktune report",
+        title=title,
+        subtitle=subtitle,
+        **context,
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
 def write_holdings(
@@ -95,24 +115,27 @@ def write_holdings(
 
     Raises OSError.
     """
-    page = _environment().get_template("split.html").render(
+    page = render_page(
+        "split.html",
+        kind="flocktune split",
         title=title,
         subtitle=f"{len(clients)} clients, {sum(sum(counts.values()) for counts in clients.values()):,} rows",
-        holdings=sections.holdings_chart(clients),
+        holdings=holdings_figure(clients),
         heterogeneity=_spoken_heterogeneity(heterogeneity or {}),
-    )  # fmt: skip
+    )
     write_atomic(path, page)
     return path
 
 
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _results(experiment: Experiment) -> tuple[str, Grid] | None:
+    """The data set and the table of scores on it; costs have a table of their own."""
+    dataset = next(iter(datasets(experiment.summaries)), "")
+    if not dataset:
+        return None
+    grid = comparison_grid(experiment.summaries, dataset)
+    kept = [place for place, heading in enumerate(grid.headings) if heading not in _COSTS]
+    rows = tuple(tuple(row[place] for place in kept) for row in grid.rows)
+    return dataset, Grid(tuple(grid.headings[place] for place in kept), rows)
 
 
 def _title(experiment: Experiment) -> str:
@@ -146,10 +169,11 @@ def _notes(experiment: Experiment) -> list[str]:
     return notes
 
 
-def _split(experiment: Experiment) -> tuple[Markup, bool] | None:
-    """What clients hold of the model as a picture, and whether it is a wide one."""
+def _split(experiment: Experiment) -> tuple[Figure, bool] | None:
+    """What clients hold of the model as a picture that says it in words too, and whether it is a wide one."""
     found = emulator.read_emulator(experiment.methods.get(main_method(experiment)) or [])
-    return (emulator.split_picture(found), emulator.is_wide(found)) if found else None
+    drawn = emulator.split_picture(found) if found else None
+    return (Figure("Full model and emulator", drawn), emulator.is_wide(found)) if found and drawn else None
 
 
 def _client_cost(experiment: Experiment) -> str:
@@ -175,71 +199,6 @@ def _spoken_heterogeneity(values: Mapping[str, Any]) -> str:
     return spoken[:1].upper() + spoken[1:] + "." if told else ""
 
 
-def _samples(experiment: Experiment) -> list[dict[str, Any]]:
-    """Questions with the answers of every method, one of each category first."""
-    main = main_method(experiment)
-    tables = {key: {_question(row): row for row in runs[0].answers} for key, runs in experiment.methods.items() if runs}
-    rows = list((tables.get(main) or next(iter(tables.values()), {})).values())
-    by_category: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_category.setdefault(str(row.get("category") or ""), []).append(row)
-    lists = list(by_category.values())
-    spread = [rows[place] for place in range(max(map(len, lists), default=0)) for rows in lists if place < len(rows)]
-    return [
-        {
-            "category": row.get("category") or "",
-            "instruction": row.get("instruction") or "",
-            "context": row.get("context") or "",
-            "reference": row.get("reference") or "",
-            "answers": [
-                (
-                    method_label(key, experiment.summaries[key]),
-                    sections.style_of(key, list(tables))[0],
-                    given.get("answer") or "",
-                    _verdict(given),
-                )
-                for key, table in tables.items()
-                for given in [table.get(_question(row))]
-                if given
-            ],
-        }
-        for row in spread[:_SAMPLES]
-    ]
-
-
-def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row.get(name)) for name in ("category", "instruction", "context", "reference"))
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Right, wrong, or ROUGE-L when nothing decides."""
-    scores = row.get("scores") or {}
-    right = next((value for name in DECISIVE if (value := number(scores.get(name))) is not None), None)
-    rouge = number(scores.get("rouge_l"))
-    if right is not None:
-        return {0.0: "wrong", 1.0: "right"}.get(right, f"{right * 100:.0f} % of its programs pass")
-    return "" if rouge is None else f"ROUGE-L {rouge * 100:.0f} %"
-
-
-def _failures(experiment: Experiment) -> list[tuple[str, int, str, str]]:
-    """(run, round from 1, client, reason) of every failure of the main method, and of rounds that were rolled back."""
-    runs = experiment.methods.get(main_method(experiment)) or []
-    return [
-        (run.folder.name if len(runs) == 1 else str(run.folder.relative_to(experiment.folder)), event["round"] + 1,
-         str(failure.get("client")), str(failure.get("reason")))
-        for run in runs
-        for event in run.rounds
-        for failure in [*(event.get("failures") or []), *_rolled_back(event)]
-    ]  # fmt: skip
-
-
-def _rolled_back(event: Mapping[str, Any]) -> list[Mapping[str, str]]:
-    """A round that the gate did not let count, as a failure of all."""
-    if not event.get("rolled_back"):
-        return []
-    return [{"client": "all (rolled back)", "reason": "; ".join((event.get("gate") or {}).get("reasons") or [])}]
-
-
 def _facts(experiment: Experiment) -> list[tuple[str, str]]:
     """What is needed to do it again: versions, seeds, digests."""
     start = _start(experiment)
@@ -256,5 +215,5 @@ def _facts(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _start(experiment: Experiment) -> Mapping[str, Any]:
-    runs: Sequence[Any] = experiment.methods.get(main_method(experiment)) or experiment.runs
-    return runs[0].start if runs else {}
+    run = main_run(experiment) or next(iter(experiment.runs), None)
+    return run.start if run else {}

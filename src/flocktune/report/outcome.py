@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from flocktune.report.emulator import read_emulator, two_results, what_clients_hold
 from flocktune.report.runs import Experiment
@@ -20,10 +22,8 @@ from flocktune.report.summaries import (
     method_label,
     metric,
     number,
-    plug_in_gap,
-    travelled,
 )
-from flocktune.report.tables import format_bytes, format_gap, format_metric, format_seconds
+from flocktune.report.tables import format_metric
 
 _SAYS = {
     "checked": "answers {} of the held-out questions correctly",
@@ -36,6 +36,27 @@ _SAYS = {
     "reward_accuracy": "gives the chosen answer the higher reward in {} of the held-out pairs",
     "loss": "reaches a held-out loss of {} nats a token",
 }
+_IS = {
+    "checked": "of the held-out questions answered correctly",
+    "number_match": "of the answers end with the right number",
+    "choice": "of the held-out questions: the likeliest choice is the right one",
+    "pass_at_1": "of the prompts: the program passes its tests",
+    "rouge_l": "ROUGE-L between the answers and the references, on held-out rows",
+    "exact_match": "of the held-out answers exactly as the reference has them",
+    "contains": "of the held-out answers contain the reference",
+    "reward_accuracy": "of the held-out pairs: the chosen answer has the higher reward",
+    "loss": "nats a token: the loss on held-out rows; less is better",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The figure that the page is about: how large, of what, by which method, and how sure."""
+
+    figure: str
+    unit: str
+    what: str
+    sure: str
 
 
 def main_method(experiment: Experiment) -> str:
@@ -49,88 +70,61 @@ def main_method(experiment: Experiment) -> str:
     return (emulated or federated or keys)[-1]
 
 
-def outcome(experiment: Experiment) -> str:
-    """One paragraph: what was done, what came out, how the baselines did, what travelled."""
-    summaries = experiment.summaries
-    key = main_method(experiment)
+def headline(experiment: Experiment) -> Headline | None:
+    """The main method's headline metric; None before the first evaluation."""
+    summaries, key = experiment.summaries, main_method(experiment)
     dataset = next(iter(datasets(summaries)), "")
     name = headline_metric(summaries, dataset)
-    parts = [_setting(experiment, key)]
     value = metric(summaries[key], dataset, name) if name else None
-    if name and value:
-        said = _SAYS.get(name, "reaches {}").format(spoken(name, value))
-        parts.append(two_results(summaries[key], dataset, name, said) or f"It {said}.")
-        parts.append(_baselines(summaries, key, dataset, name))
-    else:
-        parts.append("It has not been evaluated yet.")
-    emulator = read_emulator(experiment.methods.get(key) or [])
-    if emulator:
-        parts.append(what_clients_hold(emulator))
-    sent = travelled(key, summaries[key], "bytes_up")
-    if sent:
-        parts.append(f"All clients together sent {format_bytes(sent)}; no row of data left its owner.")
-    privacy = summaries[key].get("privacy")
-    if isinstance(privacy, Mapping) and privacy.get("said"):
-        parts.append(f"Differential privacy: {privacy['said']}.")
-    return " ".join(part for part in parts if part)
+    if name is None or value is None:
+        return None
+    figure, _, spread = format_metric(name, value).partition(" ± ")
+    unit = " ".join([*([f"± {spread}"] if spread else []), *(["%"] if name in SHARES else [])])
+    emulated = metric(summaries[key], emulator_dataset(dataset), name)
+    whose = method_label(key, summaries[key]) + (", adapter in the full model (AdapFu)" if emulated else "")
+    what = f"{_IS.get(name, METRIC_NAMES[name])}: {whose}"
+    return Headline(figure, unit, what, _how_sure(experiment, key, dataset, name))
 
 
-def tiles(experiment: Experiment) -> list[tuple[str, str, str]]:
-    """The headline numbers: (number, what it is, a remark)."""
+def what_was_run(experiment: Experiment) -> str:
+    """A sentence: who tuned what, how, on how much."""
     key = main_method(experiment)
-    summary, runs = experiment.summaries[key], experiment.methods.get(key) or []
-    dataset = next(iter(datasets(experiment.summaries)), "")
-    name = headline_metric(experiment.summaries, dataset)
-    found = []
-    value = metric(summary, dataset, name) if name else None
-    if name and value:
-        base = metric(experiment.summaries["base"], dataset, name) if "base" in experiment.summaries else None
-        said = {"checked": "answered correctly", "loss": "held-out loss"}.get(name, METRIC_NAMES[name])
-        remark = f"base model: {spoken(name, Value(base.mean))}" if base else f"on {dataset}"
-        emulated, gap = metric(summary, emulator_dataset(dataset), name), plug_in_gap(summary, dataset, name)
-        found.append((spoken(name, value), f"{said}, AdapFu" if emulated else said, remark))
-        if emulated and gap:
-            unit = " points" if name in SHARES else ""
-            found.append(
-                (format_gap(name, gap) + unit, "plug-in gap", f"AdapEmu: {spoken(name, Value(emulated.mean))}")
-            )
-    found += _emulator_tile(experiment, key)
+    runs = experiment.methods.get(key) or []
+    label = method_label(key, experiment.summaries[key])
     start = runs[0].start if runs else {}
-    planned = start.get("rounds")
-    rounds = f"{len(runs[0].rounds)} of {planned}" if planned else str(summary.get("rounds"))
-    clients = start.get("clients") or {}
-    found.append((rounds, "rounds done", f"{len(clients)} clients" if clients else ""))
-    sent, received = travelled(key, summary, "bytes_up"), travelled(key, summary, "bytes_down")
-    if sent:
-        found.append((format_bytes(sent), "sent by clients", f"{format_bytes(received)} received"))
-    trained = number(start.get("trainable_parameters") or summary.get("trainable_parameters"))
-    if trained:
-        found.append((_count(trained), "trained parameters", "the model stays frozen"))
-    seconds = number(summary.get("seconds"))
-    if seconds:
-        peak = number(summary.get("peak_memory_bytes"))
-        found.append(
-            (format_seconds(seconds), "time", f"peak memory of the process {format_bytes(peak)}" if peak else "")
-        )
-    return found
+    model = Path(str(start["model"])).name if start.get("model") else "a model"
+    clients, owners = start.get("clients") or {}, start.get("owners") or []
+    people = len(clients) or len(owners)
+    if not people:
+        return f"{label}."
+    done, planned = len(runs[0].rounds), start.get("rounds", 0)
+    rounds = f"{done} round{'' if done == 1 else 's'}" if done >= planned else f"{done} of {planned} rounds so far"
+    held = sum(number(client.get("rows")) or 0 for client in clients.values())
+    rows = f" on {held:,.0f} rows" if held else ""
+    seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+    if key == "base":
+        return f"{label}: {model} as it comes, without tuning."
+    if is_baseline(key):
+        return f"{label}: {rounds} of tuning {model}{seeds}."
+    stayed = ", which never left them" if rows else ""
+    plural = "" if people == 1 else "s"
+    return f"{people} client{plural} tuned {model} together by {label}: {rounds}{rows}{stayed}{seeds}."
 
 
-def travel(experiment: Experiment) -> str:
-    """What one client sends and receives for one update, and how many updates there were."""
-    key = main_method(experiment)
-    runs = [] if is_baseline(key) else experiment.methods.get(key) or []
-    rounds = runs[0].rounds if runs else []
-    answers = sum(len(event.get("answered") or []) for event in rounds)
-    asked = sum(len(event.get("selected") or []) for event in rounds)
-    sent, received = (sum(number(event.get(name)) or 0 for event in rounds) for name in ("bytes_up", "bytes_down"))
-    if not (answers and sent):
-        return ""
-    plain = sum(number(event.get("bytes_plain")) or 0 for event in rounds)
-    share = f" ({100 * sent / plain:.1f} % of their size in float32)" if sent < 0.99 * plain else ""
-    return (
-        f"{answers} updates of {format_bytes(sent / answers)}{share} came back for {asked} messages of "
-        f"{format_bytes(received / max(1, asked))}."
-    )
+def verdict(experiment: Experiment) -> str:
+    """What came out beside the baselines, in sentences; with an emulator, what it is worth to whom."""
+    summaries, key = experiment.summaries, main_method(experiment)
+    dataset = next(iter(datasets(summaries)), "")
+    name = headline_metric(summaries, dataset)
+    value = metric(summaries[key], dataset, name) if name else None
+    if name is None or value is None:
+        return "It has not been evaluated yet."
+    said = _SAYS.get(name, "reaches {}").format(spoken(name, value))
+    parts = [two_results(summaries[key], dataset, name, said) or f"{method_label(key, summaries[key])} {said}."]
+    parts.append(_baselines(summaries, key, dataset, name))
+    emulator = read_emulator(experiment.methods.get(key) or [])
+    parts += [what_clients_hold(emulator)] if emulator else []
+    return " ".join(part for part in parts if part)
 
 
 def spoken(name: str, value: Value) -> str:
@@ -138,26 +132,19 @@ def spoken(name: str, value: Value) -> str:
     return format_metric(name, value) + (" %" if name in SHARES else "")
 
 
-def _emulator_tile(experiment: Experiment, key: str) -> list[tuple[str, str, str]]:
-    emulator = read_emulator(experiment.methods.get(key) or [])
-    if emulator is None:
-        return []
-    share = "" if emulator.share is None else f"{emulator.share * 100:.0f} % of the parameters"
-    return [(f"{emulator.held} of {emulator.layers}", "layers held by clients", share)]
-
-
-def _setting(experiment: Experiment, key: str) -> str:
-    runs = experiment.methods.get(key) or []
-    label = method_label(key, experiment.summaries[key])
-    start = runs[0].start if runs else {}
-    clients = start.get("clients") or {}
-    if not clients:
-        return f"{label}."
-    rows = sum(number(client.get("rows")) or 0 for client in clients.values())
-    done, planned = len(runs[0].rounds), start.get("rounds", 0)
-    rounds = f"{done} round{'' if done == 1 else 's'}" if done >= planned else f"{done} of {planned} rounds so far"
-    seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
-    return f"{label}: {rounds} with {len(clients)} clients, which hold {rows:,.0f} rows{seeds}."
+def _how_sure(experiment: Experiment, key: str, dataset: str, name: str) -> str:
+    """Deviation over seeds; of one seed, what the choice of rows alone leaves open."""
+    summary = experiment.summaries[key]
+    seeds = len(summary.get("seeds") or [])
+    if seeds > 1:
+        return f"Mean ± standard deviation of {seeds} seeds."
+    measured = (summary.get("metrics") or {}).get(dataset) or {}
+    rows = number((measured.get("overall") or {}).get("rows"))
+    interval = (measured.get("intervals") or {}).get(name) or {}
+    low, high = number(interval.get("low")), number(interval.get("high"))
+    if low is None or high is None:
+        return f"One seed, {rows:,.0f} rows." if rows else "One seed."
+    return f"95 % interval {low * 100:.1f} to {high * 100:.1f} %, of {rows or 0:,.0f} rows; one seed."
 
 
 def _baselines(summaries: Mapping[str, Summary], main: str, dataset: str, name: str) -> str:
@@ -196,10 +183,3 @@ def _baselines(summaries: Mapping[str, Summary], main: str, dataset: str, name: 
 def _rung(values: Mapping[str, float], start: str) -> list[float]:
     found = [value for key, value in values.items() if key.startswith(start)]
     return [statistics.fmean(found)] if found else []
-
-
-def _count(value: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flocktune.config.study import EVERY_SETTING
 from flocktune.files import write_atomic, write_json
 from flocktune.report.charts import Bar, bar_panel
+from flocktune.report.page import render_page
 from flocktune.report.study_claims import checked_claims, claims_grid, claims_note
 from flocktune.report.study_rows import Row, StudyResult, in_setting, rows, settings_of
 from flocktune.report.study_tables import study_csv, study_grid, study_markdown, study_notes, study_title
@@ -60,9 +60,7 @@ def study_page(result: StudyResult) -> str:
     found, grid = rows(result), study_grid(result)
     styles = _styles(result, found)
     measures = list(dict.fromkeys(name for name in (_headline(found), "loss") if name))
-    context = {
-        "title": result.config.name,
-        "subtitle": _subtitle(result),
+    context: dict[str, Any] = {
         "notes": study_notes(result),
         "grid": grid,
         "spread": study_title(result).partition(": ")[2],
@@ -73,14 +71,9 @@ def study_page(result: StudyResult) -> str:
         "claims": claims_grid(result),
         "claims_note": claims_note(result),
     }
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return render_page(
+        "study.html", kind="flocktune study", title=result.config.name, subtitle=_subtitle(result), **context
     )
-    return pages.get_template("study.html").render(**context)
 
 
 def _subtitle(result: StudyResult) -> str:

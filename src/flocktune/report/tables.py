@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,11 @@ _SPARED = ("Loss", "Time")
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, and whether it is the best of its column."""
+    """What stands in a cell, whether it is the best of its column, and the number by which it is sorted."""
 
     text: str
     best: bool = False
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,18 @@ def comparison_grid(summaries: Mapping[str, Summary], dataset: str) -> Grid:
     rows = []
     for key in sorted(summaries, key=method_order):
         summary = summaries[key]
-        scores = [Cell(format_metric(name, metric(summary, dataset, name)), key in best[name]) for name in names]
+        scores = [score_cell(name, metric(summary, dataset, name), key in best[name]) for name in names]
         if headline:
             emulated = metric(summary, emulator_dataset(dataset), headline)
             gap = plug_in_gap(summary, dataset, headline)
-            scores[1:1] = [Cell(format_metric(headline, emulated)), Cell(format_gap(headline, gap))]
+            scores[1:1] = [
+                score_cell(headline, emulated),
+                Cell(format_gap(headline, gap), value=gap.mean if gap else None),
+            ]
         costs = (
-            Cell(format_bytes(travelled(key, summary, "bytes_down"))),
-            Cell(format_bytes(travelled(key, summary, "bytes_up"))),
-            Cell(format_seconds(number(summary.get("seconds")))),
+            cell_of(travelled(key, summary, "bytes_down"), format_bytes),
+            cell_of(travelled(key, summary, "bytes_up"), format_bytes),
+            cell_of(number(summary.get("seconds")), format_seconds),
         )
         rows.append((Cell(method_label(key, summary)), *scores, *costs))
     headings = _headings(names)
@@ -143,6 +147,16 @@ def interval_line(evaluation: Mapping[str, Any]) -> str:
         return ""
     low, high = (f"{found[name][end] * 100:.1f}" for end in ("low", "high"))
     return f"95 % interval: {METRIC_NAMES[name]} {low} to {high} %, of {evaluation['overall']['rows']:,} rows"
+
+
+def cell_of(value: float | None, spoken: Callable[[float | None], str]) -> Cell:
+    """A number as a cell, which is sorted by it."""
+    return Cell(spoken(value), value=value)
+
+
+def score_cell(name: str, value: Value | None, best: bool = False) -> Cell:
+    """A metric as a cell."""
+    return Cell(format_metric(name, value), best, value.mean if value else None)
 
 
 def format_metric(name: str, value: Value | None) -> str:
