@@ -1,18 +1,28 @@
-"""Every recipe that ships can be read, and the commented one states every setting there is."""
+"""Every recipe that ships opens with its command, can be read and checked with no network; the commented one states
+every setting there is."""
 
 from __future__ import annotations
 
+import re
+import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import typer
 import yaml
 
+from conftest import Said
+from flocktune.cli import app
 from flocktune.config.load import build_config, load_recipe, to_tree
 from flocktune.config.study import load_study
 from flocktune.config.template import write_template
 from flocktune.errors import UserError
+from flocktune.splitting import write_split
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(ROOT.glob("recipes/study_*.yaml"))
@@ -36,6 +46,66 @@ def test_there_are_recipes_and_templates() -> None:
     assert "study_fedit.yaml" in {path.name for path in STUDIES}
     assert {"demo.yaml", "fedit_dolly.yaml"} <= {path.name for path in RECIPES}
     assert {"fedit.yaml", "fedbiot.yaml"} <= {path.name for path in TEMPLATES}
+
+
+# --- commands ------------------------------------------------------------------------------------------
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The flocktune commands that a recipe opens with: lines of its first comment that are set in by three spaces."""
+    comment = "".join(re.match(r"(#.*\n)*", path.read_text())[0])  # type: ignore[index]
+    lines = re.sub(r"\\\n#\s+", "", comment).splitlines()
+    shown = [line.removeprefix("#   ") for line in lines if line.startswith("#   flocktune ")]
+    return [shlex.split(part) for line in shown for part in re.split(r"\s{3,}", line)[0].split(" && ")]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *STUDIES], ids=lambda path: path.name)
+def test_every_recipe_opens_with_commands_that_are_right(path: Path) -> None:
+    commands = commands_of(path)
+    own = f"recipes/{path.name}"
+    assert any(own in command for command in commands)
+    for program, *arguments in commands:
+        assert program == "flocktune"
+        group: Any = typer.main.get_command(app)
+        while hasattr(group, "commands"):
+            group, arguments = group.commands[arguments[0]], arguments[1:]
+        told = group.make_context(group.name, list(arguments)).params
+        if own in arguments:
+            load = load_study if group.name == "study" else load_recipe
+            load(path, told.get("overrides") or ())
+
+
+# --- check, with no network ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a connection or a name fails the test."""
+
+    def refuse(*arguments: object, **_: object) -> NoReturn:
+        pytest.fail(f"the network was asked for: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def beside_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the rows of a federation's trial: what "flocktune split" in those recipes' first lines makes."""
+    place = tmp_path_factory.mktemp("trial")
+    split = {"data": {"train": "embedded"}, "allocation": {"kind": "by_category", "clients": 3}}
+    write_split(build_config(split), place / "data")
+    return place
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_passes_check_with_no_network(
+    path: Path, cli: Callable[..., Said], no_network: None, beside_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(beside_data)
+    said = cli("check", path)
+    assert said.code == 0, said.all
+    assert " is sound" in said.out
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)

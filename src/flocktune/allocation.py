@@ -71,11 +71,11 @@ class ClientRows:
         return {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))}
 
 
-def allocate_clients(config: RunConfig) -> ClientRows:
-    """Hold out the test rows, then deal the others out to clients. Raises UserError."""
+def allocate_clients(config: RunConfig, load: Callable[..., Instructions] = load_instructions) -> ClientRows:
+    """Hold out the test rows, then deal the others out to clients. ``load`` reads them. Raises UserError."""
     data = config.data
     pairs = config.local.on_pairs
-    train = load_instructions(data.train, data, config.model, pairs=pairs)
+    train = load(data.train, data, config.model, pairs=pairs)
     usable = np.flatnonzero(train.encoded.targets > 0).tolist()
     if data.test is None:
         categories = train.categories
@@ -83,7 +83,7 @@ def allocate_clients(config: RunConfig) -> ClientRows:
         test = train.take([usable[row] for row in held])
         usable = [usable[row] for row in kept]
     else:
-        test = load_instructions(data.test, replace(data, max_rows=None), config.model, pairs=pairs)
+        test = load(data.test, replace(data, max_rows=None), config.model, pairs=pairs)
     rows = np.array(usable, dtype=np.int64)
     partition: Partition = allocate(
         config.allocation,

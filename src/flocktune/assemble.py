@@ -60,7 +60,7 @@ from flocktune.protection import (
     returned_of,
     transforms_of,
 )
-from flocktune.resident import Base, Instructions, base_digest, load_base
+from flocktune.resident import Base, Instructions, base_digest, load_base, load_instructions
 from flocktune.scheduling import Cohort
 from flocktune.sides import adapter_client, clients_side, corrected, emulator_client, preferences_of, trained_names
 from flocktune.stacking import one_after_another, together
@@ -272,9 +272,11 @@ def refuse_ranks(config: RunConfig, clients: Sequence[str]) -> None:
         raise UserError(Problem("ranks.ranks", f"clients of this run, such as {clients[0]}", ", ".join(unknown)))
 
 
-def check_context(config: RunConfig, data: ClientRows, model: Any) -> None:
+def check_context(
+    config: RunConfig, data: ClientRows, model: Any, load: Callable[..., Instructions] = load_instructions
+) -> None:
     """Raise UserError when a row, or an answer with its prompt, has more tokens than the model has positions."""
-    check_rows([data.train, data.test, *([public_rows(config)] if config.method == "fedbiot" else [])], model)
+    check_rows([data.train, data.test, *([public_rows(config, load)] if config.method == "fedbiot" else [])], model)
     if config.evaluation.generate and data.test.examples:
         prompt_room(model, config.evaluation.max_new_tokens)
     refuse_rows(data.test.examples, config.evaluation)

@@ -170,12 +170,12 @@ def load_full(config: RunConfig, plan: SplitPlan) -> Base:
     return load_base(config.model, lora, config.runtime.device, beside=1)
 
 
-def public_rows(config: RunConfig) -> Instructions:
+def public_rows(config: RunConfig, load: Callable[..., Instructions] = load_instructions) -> Instructions:
     """The server's own rows, read and encoded as the clients' are. Raises UserError naming ``alignment.public``."""
     settings = alignment_settings(config)
     data = replace(config.data, columns=settings.columns, max_rows=settings.max_rows)
     try:
-        return load_instructions(settings.public, data, config.model)
+        return load(settings.public, data, config.model)
     except UserError as error:
         raise UserError(*(f"alignment.public: {problem}" for problem in error.problems)) from None
 

@@ -23,6 +23,7 @@ from flocktune.config.load import load_recipe
 from flocktune.config.schema import Named, RunConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import exclusive, read_json, write_json
+from flocktune.outline import refuse_unreachable
 from flocktune.report.summaries import combine_seeds
 from flocktune.report.trackers import refuse_missing
 from flocktune.run_folder import create_run, refuse_changes, remove_strays
@@ -43,6 +44,7 @@ def start(config: RunConfig, folder: Path, seeds: Sequence[int]) -> None:
     Raises UserError before a folder is made, so that a mended recipe can take the same one.
     """
     refuse_missing(config)
+    refuse_unreachable(config)
     federation(config)
     plan(config, list(allocate_clients(config).clients))
     create_run(config, folder, seeds if is_experiment(config, seeds) else ())

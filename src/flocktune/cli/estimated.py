@@ -11,6 +11,7 @@ from flocktune.report.tables import format_bytes
 def estimate_table(costs: Estimate) -> Table:
     """The estimate for a terminal."""
     smallest, middle, largest = costs.rows_per_client
+    most = "at most " if costs.up_at_most else ""
     rows = {
         "base model": f"{costs.base_parameters:,} parameters, frozen",
         "trained": f"{costs.trainable_parameters:,} parameters "
@@ -22,8 +23,11 @@ def estimate_table(costs: Estimate) -> Table:
         "rows a client": f"{smallest:,} to {largest:,}, median {middle:,.0f}",
         "a round, down": f"{format_bytes(costs.round_bytes_down)} "
         f"({format_bytes(costs.round_bytes_down / costs.cohort)} a client)",
-        "a round, up": ("at most " if costs.up_at_most else "") + format_bytes(costs.round_bytes_up),
-        "in all": f"{costs.steps_total:,} optimiser steps, about {costs.tokens_total:,} tokens",
+        "a round, up": most + format_bytes(costs.round_bytes_up),
+        "in all": f"{costs.steps_total:,} optimiser steps, {'at most' if costs.assumed else 'about'} "
+        f"{costs.tokens_total:,} tokens, {most}{format_bytes(costs.bytes_in_all)} both ways",
+        "a client": f"about {format_bytes(costs.client_memory_bytes)} of memory beside libraries, "
+        f"{format_bytes(costs.client_weight_bytes)} of it weights",
         "memory": f"about {format_bytes(costs.memory_bytes)} beside libraries (an estimate)"
         + (", layers computed again in the backward pass" if costs.recompute else ""),
     }
@@ -34,7 +38,6 @@ def estimate_table(costs: Estimate) -> Table:
             f"{one.held_layers} of {one.full_layers} layers, {share:.0f} % of the parameters; "
             f"{format_bytes(one.bytes)} once to each client"
         )
-        rows["a client"] = f"about {format_bytes(costs.client_memory_bytes)} of memory beside libraries"
     if costs.privacy:
         rows["privacy"] = costs.privacy
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flocktune.cli.common import Overrides, Recipe, app, console
+from flocktune.cli.common import Overrides, Recipe, app, console, escaped
 
 
 @app.command()
@@ -31,8 +31,15 @@ def check(recipe: Recipe, overrides: Overrides = None) -> None:
     from flocktune.estimate import estimate
 
     config = load_recipe(recipe, overrides or ())
-    console.print(estimate_table(estimate(config)))
-    console.print(f"{recipe} is sound.", style="green", soft_wrap=True)
+    costs = estimate(config)
+    console.print(estimate_table(costs))
+    for text in costs.assumed:
+        said, _, command = text.partition("\n")
+        console.print(escaped(said), style="yellow")
+        if command:
+            console.print(escaped(command), soft_wrap=True)
+    known = " as far as it can be seen without what is not here" if costs.assumed else ""
+    console.print(f"{recipe} is sound{known}.", style="green", soft_wrap=True)
 
 
 @app.command()

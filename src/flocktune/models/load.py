@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,10 +30,10 @@ from flocktune.config.schema import EMBEDDED, ModelConfig
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, sha256_file
 from flocktune.models.int8 import quantize_linears
+from flocktune.models.known import HUB_ID, stand_in
 from flocktune.models.recompute import checkpoint_layers
 from flocktune.models.row_attention import attend_by_rows
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -163,20 +163,22 @@ def load_model(config: ModelConfig, device: torch.device, *, stored_dtype: bool 
 
 
 def load_skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The model's modules on the meta device: shapes and names; no weights are read, no memory is used."""
-    with _loading(config, "a causal language model's config.json") as (source, options):
-        settings = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
-            )
+    """The model's modules on the meta device: shapes and names; no weights are read, no memory is used.
+
+    Shapes that are known stand in for a hub model that is not on this machine.
+    """
+    with _settings(config) as settings, torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )
     return model.eval().requires_grad_(False)
 
 
 def stored_dtype(config: ModelConfig) -> torch.dtype:
     """In which type of number the files hold the weights, as config.json says; float32 when it does not."""
-    with _loading(config, "a causal language model's config.json") as (source, options):
-        return AutoConfig.from_pretrained(source, **options).get_text_config().dtype or torch.float32
+    with _settings(config) as settings:
+        stored = settings.get_text_config().dtype or torch.float32
+        return getattr(torch, stored) if isinstance(stored, str) else stored
 
 
 def describe(config: ModelConfig, skeleton: PreTrainedModel | None = None) -> Description:
@@ -265,6 +267,14 @@ def _loading(config: ModelConfig, what: str) -> Iterator[tuple[str, dict[str, An
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fix = "Copy the model again." if local else "Check the name and the network, or give a local folder."
         raise UserError(Problem("model.path", f"{what} in {str(source)!r}", reason, fix)) from error
+
+
+@contextmanager
+def _settings(config: ModelConfig) -> Iterator[PretrainedConfig]:
+    """What config.json says, or would: of a hub model that is not here, what is known of it."""
+    with _loading(config, "a causal language model's config.json") as (source, options):
+        known = stand_in(config.path)
+        yield known.settings() if known else AutoConfig.from_pretrained(source, **options)
 
 
 def quantization_settings(config: ModelConfig, device: torch.device) -> BitsAndBytesConfig | None:
