@@ -53,7 +53,14 @@ def open_page(browser: Browser) -> Iterator[Opener]:
         page = context.new_page()
         page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}") if said.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(f"thrown: {error}"))
-        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url} ({request.failure})"))
+        page.on(
+            "requestfailed",
+            lambda request: (
+                wrong.append(f"failed: {request.url} ({request.failure})")
+                if request.failure != "net::ERR_ABORTED"
+                else None
+            ),
+        )  # fmt: skip  - a page may end a stream of its own
         page.goto(address.resolve().as_uri() if isinstance(address, Path) else address)
         return page
 

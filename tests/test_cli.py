@@ -20,7 +20,8 @@ from flocktune.models.load import load_model
 from flocktune.models.lora import attach
 from flocktune.models.peft_io import import_peft
 
-VERBS = ("init", "check", "run", "resume", "study", "split", "eval", "generate", "export", "memorisation", "report")
+VERBS = ("init", "check", "run", "resume", "study", "split", "eval", "generate", "export", "memorisation", "report",
+         "chat", "playground")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +127,13 @@ def test_eval_of_other_data_methods_and_adapters(cli, finished: Path, world: Wor
     assert "'magic'" in wrong.err
 
 
-def test_generate_answers_a_prompt_and_an_interactive_user(cli, finished: Path, monkeypatch) -> None:
+def test_generate_answers_a_prompt_and_points_to_chat_without_one(cli, finished: Path) -> None:
     said = cli("generate", finished, "--prompt", "Say red", "--max-new-tokens", "4")
     assert said.code == 0, said.all
-    lines = iter(["Say red", ""])
-    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(lines))
-    talk = cli("generate", finished, "--max-new-tokens", "4")
-    assert talk.code == 0
-    assert said.out.strip() in talk.out
+    assert said.out.strip()
+    without = cli("generate", finished)
+    assert without.code == 2
+    assert f"flocktune chat {finished}" in without.err.replace("\n", "")
 
 
 def test_exported_adapters_and_merged_models_answer_as_ours(cli, finished: Path, world: World, tmp_path: Path) -> None:

@@ -1,34 +1,30 @@
-"""A finished run, or any PEFT adapter, opened to be evaluated, tried and exported."""
+"""A finished run, or any PEFT adapter, opened to be evaluated and tried."""
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from flocktune.allocation import allocate_clients
 from flocktune.config.load import build_config, load_recipe
 from flocktune.config.schema import Columns, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
 from flocktune.data.encoding import encode_prompt
-from flocktune.data.examples import Example
+from flocktune.data.examples import Example, Message
 from flocktune.emulation import compress, emulator_settings
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
 from flocktune.models.bundle import MANIFEST, Bundle, read_bundle
-from flocktune.models.load import quietly
-from flocktune.models.lora import pairs
+from flocktune.models.lora import attach, pairs
 from flocktune.models.lora_module import scale
 from flocktune.models.peft_io import CONFIG_FILE, import_peft, unfolded
 from flocktune.report.events import LOG_NAME, read_events
 from flocktune.resident import Base, forget_models, load_base, load_instructions
-from flocktune.run_folder import EXPERIMENT, PROMPTING, write_adapter
+from flocktune.run_folder import EXPERIMENT, PROMPTING
 from flocktune.types import Tensors
 
 
@@ -42,11 +38,18 @@ class Tuned:
 
 
 def open_result(
-    path: Path, method: str | None = None, base_model: str | None = None, *, emulator: bool = False
+    path: Path,
+    method: str | None = None,
+    base_model: str | None = None,
+    *,
+    emulator: bool = False,
+    beside: Tuned | None = None,
 ) -> Tuned:
     """Open a run's folder, a comparison's (``method`` chooses), or a PEFT adapter's.
 
-    ``emulator``: FedBiOT's adapter on the emulator, as clients have it, not in the full model. Raises UserError.
+    ``emulator``: FedBiOT's adapter on the emulator, as clients have it, not in the full model. ``beside``: another
+    result that is open; on the same base the two share it, and of their adapters only this one is then attached.
+    Raises UserError.
     """
     if emulator:
         if (path / CONFIG_FILE).exists() or base_model:
@@ -70,10 +73,26 @@ def open_result(
         config = replace(config, lora=replace(within, start_from=None))
         if base_model:
             config = replace(config, model=replace(config.model, path=base_model))
-    base = load_base(config.model, config.lora, config.runtime.device)
+    base = _shared(config, beside) or load_base(config.model, config.lora, config.runtime.device)
     adapter = unfolded(tensors, lora, config.lora.rank)
     base.adapter.load(adapter)
     return Tuned(config, base, adapter)
+
+
+def _shared(config: RunConfig, other: Tuned | None) -> Base | None:
+    """The other result's model with an adapter as ``config`` has it; None when it is another model."""
+    if other is None or _same_base(config) != _same_base(other.config):
+        return None
+    model = other.base.adapter.detach()
+    forget_models()  # nobody else may find this model with now one adapter in it, now another
+    return replace(other.base, adapter=attach(model, config.lora, seed=0))
+
+
+def _same_base(config: RunConfig) -> tuple[ModelConfig, str]:
+    """What two recipes that load the same model have in common."""
+    folder = Path(config.model.path).expanduser()
+    path = str(folder.resolve()) if folder.is_dir() else config.model.path
+    return replace(config.model, path=path, gradient_checkpointing=False), config.runtime.device
 
 
 def _attachable(lora: LoraConfig, tensors: Tensors) -> LoraConfig:
@@ -172,35 +191,15 @@ def answer_stream(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Iterator[str]:
-    """The answer to one instruction, piece by piece, with the prompt template of the training."""
+    history: tuple[Message, ...] = (),
+) -> Generator[str, None, None]:
+    """The answer to one instruction after ``history``, piece by piece, with the prompt template of the training."""
     config, base = tuned.config, tuned.base
-    example = Example(instruction, context)
+    example = Example(instruction, context, history=history)
     prompt = encode_prompt(example, base.tokenizer, template=config.data.template, max_tokens=config.data.max_tokens)
     return stream_answer(
         base.model, base.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-
-
-def export_result(path: Path, method: str | None, to: Path, *, merged: bool) -> Path:
-    """Write a PEFT adapter, or the merged transformers model with its tokenizer. Raises UserError; never overwrites."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        got = "one with files in it" if to.is_dir() else "a file"
-        raise UserError(Problem(str(to), "a new or empty folder", got, "Choose another: --to"))
-    tuned = open_result(path, method)
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-        if merged:
-            with quietly():
-                tuned.base.adapter.merge().save_pretrained(to)
-                tuned.base.tokenizer.save_pretrained(to)
-            forget_models()  # the resident model is no longer the base
-        else:
-            write_adapter(to, tuned.adapter, tuned.config, tuned.base.model)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
-        raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
-    return to
 
 
 def compress_model(model: str, settings: Mapping[str, Any], public: str, to: Path) -> Bundle:

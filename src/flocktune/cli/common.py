@@ -33,6 +33,15 @@ def existing_run(folder: Path) -> Path:
     return folder
 
 
+def as_emulator(model: str) -> bool:
+    """What ``--as`` means. Raises UserError."""
+    from flocktune.errors import Problem, UserError
+
+    if model not in ("full", "emulator"):
+        raise UserError(Problem("--as", "full or emulator", repr(model)))
+    return model == "emulator"
+
+
 def escaped(text: str) -> str:
     from rich.markup import escape
 

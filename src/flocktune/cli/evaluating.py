@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flocktune.cli.common import app, console
+from flocktune.cli.common import app, as_emulator, console
 
 if TYPE_CHECKING:
     from flocktune.config.schema import Columns, EvaluationConfig
@@ -55,7 +55,7 @@ def evaluate_command(
     from flocktune.results import evaluate_on, open_result
 
     columns = _columns(column or [], data)
-    tuned = open_result(result, method, base, emulator=_as_emulator(model))
+    tuned = open_result(result, method, base, emulator=as_emulator(model))
     settings = _settings(tuned.config.evaluation, task, max_new_tokens)
     found = evaluate_on(tuned, data, max_rows, settings, columns)
     numbers = found.as_dict()
@@ -107,11 +107,3 @@ def _write_answers(found: Evaluation, path: Path) -> None:
     lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in found.answers)
     write_atomic(path, "".join(lines))
     console.print(f"Wrote {path}", soft_wrap=True)
-
-
-def _as_emulator(model: str) -> bool:
-    from flocktune.errors import Problem, UserError
-
-    if model not in ("full", "emulator"):
-        raise UserError(Problem("--as", "full or emulator", repr(model)))
-    return model == "emulator"

@@ -13,7 +13,7 @@ from flocktune.cli.common import RunFolder, app, console, existing_run
 @app.command()
 def generate(
     result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
-    prompt: Annotated[str | None, typer.Option(help="An instruction. Without it: an interactive mode.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="An instruction.")] = None,
     context: Annotated[str, typer.Option(help="Text the instruction is about.")] = "",
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
@@ -21,23 +21,19 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="What every random draw follows from.")] = 0,
 ) -> None:
-    """Try the tuned model."""
+    """One answer, for scripts. To talk to the result: flocktune chat."""
+    from flocktune.errors import Problem, UserError
     from flocktune.results import answer_stream, open_result
 
+    if prompt is None:
+        raise UserError(
+            Problem("--prompt", "an instruction", "none", f"To talk to the result: flocktune chat {result}")
+        )
     tuned = open_result(result, method, base)
-
-    def say(instruction: str) -> None:
-        for piece in answer_stream(tuned, instruction, context, max_new_tokens, temperature, seed):
-            console.file.write(piece)
-            console.file.flush()
-        console.print()
-
-    if prompt is not None:
-        say(prompt)
-        return
-    console.print("Type an instruction; an empty line ends.", style="dim")
-    while instruction := _ask():
-        say(instruction)
+    for piece in answer_stream(tuned, prompt, context, max_new_tokens, temperature, seed):
+        console.file.write(piece)
+        console.file.flush()
+    console.print()
 
 
 @app.command()
@@ -46,11 +42,16 @@ def export(
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")] = False,
     method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What the base is called elsewhere, such as its hub id; default: as the recipe has it."),
+    ] = None,
 ) -> None:
-    """Write a PEFT adapter (default) or a merged transformers model."""
-    from flocktune.results import export_result
+    """Write a PEFT adapter (default) or a merged transformers model, with a model card."""
+    from flocktune.exporting import export_result
 
-    console.print(f"Wrote {export_result(existing_run(folder), method, to, merged=merged)}", soft_wrap=True)
+    export_result(existing_run(folder), method, to, merged=merged, base_name=base_name)
+    console.print(f"Wrote {to}. README.md in it is a model card; some of it only you can fill in.", soft_wrap=True)
 
 
 @app.command()
@@ -76,10 +77,3 @@ def report(folder: RunFolder) -> None:
     from flocktune.report.html import write_report
 
     console.print(f"Wrote {write_report(existing_run(folder))}", soft_wrap=True)
-
-
-def _ask() -> str:
-    try:
-        return console.input("[bold]> [/]").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""

@@ -36,7 +36,7 @@ SHORT = CustomTemplate(
     without_context="Instruction: {instruction}\nAnswer:",
 )
 
-_FIELD = re.compile(r"\{(instruction|context)\}")
+FIELD = re.compile(r"\{(instruction|context)\}")
 
 
 class Tokenizer(Protocol):
@@ -68,7 +68,7 @@ def segments(example: Example, template: Template, tokenizer: Tokenizer) -> list
     """
     if template == "chat":
         return _chat_segments(example, tokenizer)
-    fill, before_answer = _plain(template)
+    fill, before_answer = plain_template(template)
     row: list[Segment] = []
     lead = ""
     turns = [*example.history, Message("user", example.instruction)]
@@ -100,7 +100,7 @@ def without_response(example: Example) -> Example:
     return replace(example, response="")
 
 
-def _plain(template: Template) -> tuple[CustomTemplate, str]:
+def plain_template(template: Template) -> tuple[CustomTemplate, str]:
     """A template's texts, and what the answer begins with."""
     match template:
         case "alpaca":
@@ -117,7 +117,7 @@ def _plain(template: Template) -> tuple[CustomTemplate, str]:
 def _filled(template: CustomTemplate, instruction: str, context: str) -> str:
     """Fill both fields in one pass, so that braces inside a row's text stay as they are."""
     values = {"instruction": instruction, "context": context}
-    return _FIELD.sub(lambda field: values[field[1]], template.with_context if context else template.without_context)
+    return FIELD.sub(lambda field: values[field[1]], template.with_context if context else template.without_context)
 
 
 def _answer(before: str, text: str) -> list[Segment]:

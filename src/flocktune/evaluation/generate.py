@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def stream_answer(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """The answer to one prompt, piece by piece; together the pieces are the stripped answer.
 
     ``temperature`` 0 is greedy and gives what :func:`generate_answers` gives; above, tokens are drawn

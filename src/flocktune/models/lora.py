@@ -145,6 +145,12 @@ class Adapter:
             _replace(self.model, name, layer.base)
         return self.model
 
+    def reattach(self) -> PreTrainedModel:
+        """Put the factors beside the model's modules again, after :meth:`detach`."""
+        for name, layer in self.layers.items():
+            _replace(self.model, name, layer)
+        return self.model
+
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
         """Write W + scale * B A + side (computed in float32) into the base's weights for good, then detach.
