@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,6 +32,7 @@ from flocktune.training import next_token_loss
 class ClientRows:
     """Client data allocation, done: who holds which rows of ``train``, and what is held out.
 
+    ``validation``: rows that evaluations on the way are made on, where the recipe has any; else ``test`` serves.
     ``own_test``: rows of ``train`` that are a client's too, on which it does not train but is evaluated.
     ``attackers``: of a simulation; their rows are as they have them.
     """
@@ -41,10 +43,11 @@ class ClientRows:
     unassigned: int
     own_test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     attackers: tuple[str, ...] = ()
+    validation: Instructions | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a run tells about its data: counts and a digest, no text. Of owners' rows elsewhere nothing is known."""
-        test = {"test": self._test_counts(), "test_digest": rows_digest(self.test.examples)}
+        test = {**self._held_out(), "test_digest": rows_digest(self.test.examples)}
         if not self.train.examples:
             return {"clients": {}, "owners": list(self.clients), **test}
         categories = self.train.categories
@@ -67,12 +70,13 @@ class ClientRows:
             **({"attackers": list(self.attackers)} if self.attackers else {}),
         }
 
-    def _test_counts(self) -> dict[str, int]:
-        return {name: self.test.categories.count(name) for name in sorted(set(self.test.categories))}
+    def _held_out(self) -> dict[str, dict[str, int]]:
+        parts = {"test": self.test, **({"validation": self.validation} if self.validation else {})}
+        return {part: dict(sorted(Counter(rows.categories).items())) for part, rows in parts.items()}
 
 
 def allocate_clients(config: RunConfig, load: Callable[..., Instructions] = load_instructions) -> ClientRows:
-    """Hold out the test rows, then deal the others out to clients. ``load`` reads them. Raises UserError."""
+    """Hold out test rows and validation rows, then deal the others out. ``load`` reads them. Raises UserError."""
     data = config.data
     pairs = config.local.on_pairs
     train = load(data.train, data, config.model, pairs=pairs)
@@ -84,6 +88,10 @@ def allocate_clients(config: RunConfig, load: Callable[..., Instructions] = load
         usable = [usable[row] for row in kept]
     else:
         test = load(data.test, replace(data, max_rows=None), config.model, pairs=pairs)
+    validation = given_validation(config, test, load)
+    if data.validation_rows_per_category:
+        usable, held = hold_out_validation(config, usable, train.categories)
+        validation = train.take(held)
     rows = np.array(usable, dtype=np.int64)
     partition: Partition = allocate(
         config.allocation,
@@ -96,7 +104,33 @@ def allocate_clients(config: RunConfig, load: Callable[..., Instructions] = load
     clients, own_test = hold_out_own(clients, config.evaluation.client_rows, config.seed)
     guilty = attackers(config, list(clients))
     train = poisoned(config, train, clients, guilty)
-    return with_canaries(config, ClientRows(train, test, clients, len(partition.unassigned), own_test, guilty))
+    unassigned = len(partition.unassigned)
+    return with_canaries(config, ClientRows(train, test, clients, unassigned, own_test, guilty, validation))
+
+
+def hold_out_validation(
+    config: RunConfig, rows: Sequence[int], categories: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows that choose) of ``rows``, those that are no test rows; ``categories`` are of all rows."""
+    of_each, seed = config.data.validation_rows_per_category, derive_seed(config.seed, "validation")
+    kept, held = hold_out([categories[row] for row in rows], of_each, seed)
+    return [rows[row] for row in kept], [rows[row] for row in held]
+
+
+def given_validation(
+    config: RunConfig, test: Instructions, load: Callable[..., Instructions] = load_instructions
+) -> Instructions | None:
+    """The rows of ``data.validation``, when the recipe names some. Raises UserError, also for rows of ``test``."""
+    data = config.data
+    if data.validation is None:
+        return None
+    rows = load(data.validation, replace(data, max_rows=None), config.model, pairs=config.local.on_pairs)
+    asked = {(one.history, one.instruction, one.context) for one in test.examples if one.instruction}
+    both = sum((one.history, one.instruction, one.context) in asked for one in rows.examples)
+    if both:
+        got = f"{both} of {len(rows.examples)} that are"
+        raise UserError(Problem("data.validation", "rows that are not in the test set", got, "Keep the two apart."))
+    return rows
 
 
 def with_canaries(config: RunConfig, rows: ClientRows) -> ClientRows:

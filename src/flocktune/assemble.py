@@ -258,6 +258,7 @@ def identity_of(config: RunConfig, data: ClientRows) -> dict[str, Any]:
         "recipe": to_tree(config),
         "data": data.train.digest,
         "test": data.test.digest,
+        **({"validation": data.validation.digest} if data.validation else {}),
         "model": base_digest(config.model),
         **({"gate": digest} if (digest := gate_digest(config)) else {}),
         **({"attack": rows_digest(rows)} if (rows := bad_rows(config)) else {}),
@@ -276,10 +277,12 @@ def check_context(
     config: RunConfig, data: ClientRows, model: Any, load: Callable[..., Instructions] = load_instructions
 ) -> None:
     """Raise UserError when a row, or an answer with its prompt, has more tokens than the model has positions."""
-    check_rows([data.train, data.test, *([public_rows(config, load)] if config.method == "fedbiot" else [])], model)
-    if config.evaluation.generate and data.test.examples:
+    held_out = [data.test, *([data.validation] if data.validation else [])]
+    check_rows([data.train, *held_out, *([public_rows(config, load)] if config.method == "fedbiot" else [])], model)
+    if config.evaluation.generate and any(rows.examples for rows in held_out):
         prompt_room(model, config.evaluation.max_new_tokens)
-    refuse_rows(data.test.examples, config.evaluation)
+    for rows in held_out:
+        refuse_rows(rows.examples, config.evaluation)
 
 
 def refuse_leaks(config: RunConfig, base: Base) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from flocktune.algorithms import factors, fedavg, fedbiot
 from flocktune.algorithms.preferences import with_its_reference
-from flocktune.allocation import ClientRows, check_rows, client_data
+from flocktune.allocation import ClientRows, check_rows, client_data, given_validation
 from flocktune.assemble import Assembly, federation, refuse_leaks
 from flocktune.config.schema import BySize, CompareConfig, Natural, RunConfig
 from flocktune.data.encoding import Encoded, EncodingReport
@@ -55,6 +55,10 @@ def refuse_unfederated(config: RunConfig, clients: Sequence[str]) -> None:
         fix = "Set data.test to rows of your own, or data.test_rows_per_category=0 for a run without evaluation."
         got = f"{config.data.test_rows_per_category} rows of each category of owners' data"
         problems.append(Problem("data.test_rows_per_category", "0 in a federation", got, fix))
+    if config.data.validation_rows_per_category:
+        fix = "Set data.validation to rows of your own."
+        got = f"{config.data.validation_rows_per_category} rows of each category of owners' data"
+        problems.append(Problem("data.validation_rows_per_category", "0 in a federation", got, fix))
     if isinstance(config.scheduling.selection, BySize):
         fix = "Owners' sizes are not known here: scheduling.selection.kind=uniform"
         problems.append(Problem("scheduling.selection", "not by_size in a federation", "by_size", fix))
@@ -96,7 +100,8 @@ def server_side(
         test = load_instructions(
             config.data.test, replace(config.data, max_rows=None), config.model, pairs=config.local.on_pairs
         )
-    data = ClientRows(nobodys, test, {name: np.zeros(0, np.int64) for name in sorted(clients)}, 0)
+    rows = {name: np.zeros(0, np.int64) for name in sorted(clients)}
+    data = ClientRows(nobodys, test, rows, 0, validation=given_validation(config, test))
     return federation(config, own_bundle, data, secret)
 
 
@@ -131,7 +136,7 @@ def owners_side(
     if emulator is not None:
         refuse_code(emulator.folder)
         config = replace(config, model=replace(config.model, path=str(emulator.folder)))
-    own = replace(config, data=replace(config.data, train=data, test=None))
+    own = replace(config, data=replace(config.data, train=data, test=None, validation=None))
     train = load_instructions(data, own.data, own.model, pairs=own.local.on_pairs)
     rows = np.flatnonzero(train.encoded.targets > 0)
     if not len(rows):

@@ -38,6 +38,7 @@ PROMPTING = "flocktune.json"
 IDENTITY = {
     "data": "training data",
     "test": "test data",
+    "validation": "validation data",
     "model": "base model",
     "public": "public data",
     "emulator": "emulator",

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,32 +15,30 @@ from typing import Any, Protocol
 import torch
 
 from flocktune.algorithms import fedbiot
-from flocktune.assemble import Assembly, engine_of, evaluation_loss, federation
+from flocktune.assemble import Assembly, engine_of, federation
+from flocktune.choosing import VALIDATION, Standing, choice, ends_early, standing
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import FEDERATED
 from flocktune.engine.buffered import at_work, run_buffered
-from flocktune.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from flocktune.engine.checkpoint import Checkpoint, CheckpointDamaged, load_checkpoint, save_checkpoint
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
-from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
 from flocktune.gate import told
 from flocktune.interfaces import Engine, State
-from flocktune.per_client import evaluations, fine_tune, keep_own
+from flocktune.looking import HELD_OUT, look_at_clients, look_at_rows
+from flocktune.per_client import fine_tune, keep_own
 from flocktune.privacy.noise import read_or_make_key
 from flocktune.protection import secured
 from flocktune.report.events import LOG_NAME, EventLog, read_events, truncate_after
-from flocktune.resident import Base, Instructions
 from flocktune.run_events import round_event, spent, start_event, summarise
 from flocktune.run_folder import logged, refuse_changes, remove_strays, show_bundle, write_adapter
 from flocktune.standing import is_finished, told_ending
 from flocktune.types import Tensors
 
-HELD_OUT, ON_EMULATOR, TRIGGERED = "held_out", "held_out_emulator", "triggered"
-"""The names, in metrics, of the rows that no client trains on: with the adapter in the whole model (FedBiOT: AdapFu),
-with FedBiOT's adapter on the emulator (AdapEmu), and with a backdoor's trigger in them, the target as the answer."""
-
+BEST = "best"
+"""Within a run's states: those of the best rounds so far, where the recipe keeps the best one."""
 
 SECRET = "secret.key"
 """In a run's folder, where its recipe has differential privacy: what its noise and its cohorts are made of. Whoever has
@@ -100,20 +98,18 @@ def execute(
             refuse_changes(folder, checkpoint.identity, fed.identity)
         if fed.emulated:
             show_bundle(fed.emulated.bundle, bundle)
-        log = _open_log(folder, checkpoint, fed.rounds)
+        log = _open_log(folder, checkpoint)
         with nullcontext(elsewhere.engine(fed)) if elsewhere else engine_of(config, fed, folder, secret) as engine:
             run = _Run(fed, folder, log, listeners, engine, {"load": time.perf_counter() - started})
             return run.to_end(checkpoint, stop or threading.Event())
 
 
-def _open_log(folder: Path, checkpoint: Checkpoint | None, rounds: int) -> EventLog:
+def _open_log(folder: Path, checkpoint: Checkpoint | None) -> EventLog:
     """The log, as it was when the checkpoint was saved: what came after it is about to happen again."""
     path = folder / LOG_NAME
     if checkpoint is not None:
-        # Killed while finishing: the last evaluation is made again.
-        finishing = checkpoint.rounds_done == rounds
         first_alignment = checkpoint.rounds_done == 0  # the one that has a checkpoint of its own
-        truncate_after(path, checkpoint.rounds_done - 1, with_evaluation=not finishing, with_alignment=first_alignment)
+        truncate_after(path, checkpoint.rounds_done - 1, with_alignment=first_alignment)
     else:
         path.unlink(missing_ok=True)
     return EventLog(path)
@@ -124,6 +120,7 @@ class _Run:
     """One run on its way. All that matters is on the disk; this only holds what is needed to go on.
 
     ``carried_s``: seconds that are known only after a round's event was written; they go into the next one's.
+    ``looks``: the evaluations so far, which decide what the recipe lets them decide.
     """
 
     fed: Assembly
@@ -133,6 +130,7 @@ class _Run:
     engine: Engine
     carried_s: dict[str, float]
     rounds_done: int = 0
+    looks: list[Mapping[str, Any]] = field(default_factory=list)
 
     def to_end(self, checkpoint: Checkpoint | None, stop: threading.Event) -> dict[str, Any]:
         config, fed = self.fed.config, self.fed
@@ -142,10 +140,9 @@ class _Run:
         if checkpoint is None:
             self._emit(start_event(fed))
         else:
-            # In the order of a fresh state: a file's order is another, and sums over tensors round by their order.
-            saved, self.rounds_done = checkpoint.state, checkpoint.rounds_done
-            state = {name: saved[name] for name in state} | at_work(saved)
+            state, self.rounds_done = _ordered(checkpoint.state, state), checkpoint.rounds_done
             self.engine.memories.update(checkpoint.memories)
+            self.looks = [event for event in read_events(self.log.path) if event["event"] == "evaluation"]
             self._emit({"event": "resumed", "round": self.rounds_done})
             if self.rounds_done == 0:  # the first alignment is in this checkpoint, its time in no round's event yet
                 done = [event["seconds"] for event in read_events(self.log.path) if event["event"] == "alignment"]
@@ -168,19 +165,30 @@ class _Run:
                 on_prepared=self._on_prepared,
                 on_reply=self._on_reply,
                 on_round=self._on_round,
-                should_stop=stop.is_set,
+                should_stop=lambda: stop.is_set() or self._over,
                 diagnose=fed.diagnose,
                 # Of a sum alone the error of averaging A and B apart can not be known.
                 diagnose_clients=0 if secured(config) else config.aggregation.diagnose_clients,
             ),
         )
-        if self.rounds_done < fed.rounds:
+        if not self._over:
             raise Stopped(str(self.folder))
         return self._finish(state)
+
+    @property
+    def _over(self) -> bool:
+        """Whether no round is left, or none is worth its cost."""
+        return self.rounds_done >= self.fed.rounds or ends_early(self.fed.config.evaluation, self.standing)
+
+    @property
+    def standing(self) -> Standing:
+        return standing(self.fed.config.evaluation, self.looks)
 
     def _emit(self, event: dict[str, Any]) -> None:
         event["time"] = time.time()
         self.log.append(event)
+        if event["event"] == "evaluation":
+            self.looks.append(event)
         for listener in self.listeners:
             listener.on_event(event)
 
@@ -193,68 +201,90 @@ class _Run:
         self._emit({"event": "alignment", "round": number, **told})
         self.carried_s["align"] = told["seconds"]
         if number == 0:
-            self._save(0, state)
+            self._save(0, state, self.folder / "state")
 
     def _on_round(self, record: RoundRecord, state: State) -> None:
         """Write the event, evaluate if it is time, save. The event comes first: a resume drops what was not saved."""
         config, done = self.fed.config, record.round + 1
         event = {**round_event(record, self.carried_s), **spent(self.fed, done, record), **told(config.gate, state)}
         self._emit(event)
-        every = config.evaluation.every
-        if every and done % every == 0 and done < self.fed.rounds:
-            self._evaluate(state, done, config.evaluation.max_rows)
-            self._evaluate_clients(self.fed.server.result(state), done)
+        self._look(state, done)
         started = time.perf_counter()
         kept_every = config.checkpoint.keep_adapters_every
         if kept_every and done % kept_every == 0:  # before the checkpoint: a resume does not come back to this round
             self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
-        self._save(done, state)
+        self._save(done, state, self.folder / "state")
         self.rounds_done = done
         self.carried_s = {"save": time.perf_counter() - started}
 
-    def _save(self, rounds_done: int, state: State) -> None:
+    def _look(self, state: State, done: int) -> None:
+        """Evaluate on the way, if it is time; on validation rows after the last round too, for it may be the best."""
+        config, fed, emit = self.fed.config.evaluation, self.fed, self._emit
+        last = done == fed.rounds
+        if not config.every or (done % config.every and not last):
+            return
+        if fed.data.validation:
+            look_at_rows(fed, emit, VALIDATION, fed.data.validation, state, done, final=False)
+            now = self.standing
+            if config.keep_best and now.best == done:
+                self._save(done, state, self.folder / "state" / BEST)
+            last = last or ends_early(config, now)
+        elif not last:
+            look_at_rows(fed, emit, HELD_OUT, fed.data.test, state, done, final=False)
+        if not last:  # clients' own rows are looked at when the run ends
+            look_at_clients(fed, emit, fed.server.result(state), self.engine.memories, done, final=False)
+
+    def _save(self, rounds_done: int, state: State, folder: Path) -> None:
         checkpoint = Checkpoint(rounds_done, state, self.engine.memories, self.fed.identity)
-        save_checkpoint(self.folder / "state", checkpoint, keep=self.fed.config.checkpoint.keep)
-
-    def _evaluate(self, state: State, rounds_done: int, max_rows: int | None) -> dict[str, Evaluation]:
-        """The adapter in the whole model, and with FedBiOT on the emulator too."""
-        fed = self.fed
-        results: dict[str, Evaluation] = {}
-        if not fed.data.test.examples:
-            return results
-        plugged = {HELD_OUT: (fed.base, fed.server.result(state), fed.data.test)}
-        if fed.emulated:
-            plugged[ON_EMULATOR] = (fed.emulated.base, fedbiot.emulator_result(state), fed.data.test)
-        if fed.triggered and fed.triggered.examples:
-            plugged[TRIGGERED] = (fed.base, fed.server.result(state), fed.triggered)
-        for name, (base, adapter, rows) in plugged.items():
-            started = time.perf_counter()
-            results[name] = evaluate_adapter(fed, base, adapter, rows, max_rows)
-            numbers = {"dataset": name, **results[name].as_dict(), "seconds": time.perf_counter() - started}
-            self._emit({"event": "evaluation", "round": rounds_done, **numbers})
-        return results
-
-    def _evaluate_clients(self, result: Tensors, rounds_done: int) -> dict[str, Any]:
-        """Client by client, on its own held-out rows."""
-        found = {}
-        for name, numbers in evaluations(self.fed, result, self.engine.memories):
-            self._emit({"event": "evaluation", "round": rounds_done, "dataset": name, **numbers})
-            found[name] = {"overall": numbers["overall"], "categories": {}}
-        return found
+        save_checkpoint(folder, checkpoint, keep=self.fed.config.checkpoint.keep)
 
     def _export(self, adapter: Tensors, folder: Path) -> None:
         write_adapter(folder, adapter, self.fed.config, self.fed.base.model)
 
+    def _chosen(self, state: State) -> tuple[State, int, dict[str, Any]]:
+        """(state, rounds done in it, what was decided) of the round that is the result; ``state`` is the last one's."""
+        settings, done = self.fed.config.evaluation, self.rounds_done
+        if not settings.chooses or not done:  # base has no rounds to choose from
+            return state, done, {}
+        chosen = choice(settings, self.standing, done, self.fed.rounds)
+        if chosen["round"] != done:
+            self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
+            folder = self.folder / "state" / BEST
+            best = load_checkpoint(folder, chosen["round"])
+            if best is None:
+                raise CheckpointDamaged(
+                    f"{folder}: expected the state of the best round, {chosen['round']}, got nothing. Bring it back"
+                    " from a copy, or start a new run."
+                )
+            state, done = _ordered(best.state, state), chosen["round"]
+            self.engine.memories.clear()
+            self.engine.memories.update(best.memories)
+        self._emit({"event": "choice", **chosen})
+        return state, done, chosen
+
+    def _validated(self, state: State, done: int) -> dict[str, Any]:
+        """What the validation rows said of the result: in the log already, but for a run without rounds."""
+        rows = self.fed.data.validation
+        if rows and not self.rounds_done:
+            found = look_at_rows(self.fed, self._emit, VALIDATION, rows, state, done, final=True)
+            return {name: evaluation.as_dict() for name, evaluation in found.items()}
+        return {
+            event["dataset"]: {"overall": event["overall"], "categories": event["categories"]}
+            for event in self.looks
+            if event["round"] == done and event["dataset"].startswith(VALIDATION)
+        }
+
     def _finish(self, state: State) -> dict[str, Any]:
         fed = self.fed
-        results = self._evaluate(state, fed.rounds, None)
+        state, done, chosen = self._chosen(state)
+        results = look_at_rows(fed, self._emit, HELD_OUT, fed.data.test, state, done, final=True)
         if HELD_OUT in results and results[HELD_OUT].answers:
             lines = (json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in results[HELD_OUT].answers)
             write_atomic(self.folder / "answers.jsonl", "".join(lines))
         adapter = fed.server.result(state)
         self._export(adapter, self.folder / "adapter")
         fine_tune(fed, self.engine, adapter)
-        by_client = self._evaluate_clients(adapter, fed.rounds)
+        by_client = look_at_clients(fed, self._emit, adapter, self.engine.memories, done, final=True)
         own = keep_own(fed, adapter, self.engine.memories, self.folder / "personal")
         if fed.emulated:
             whole, model = fedbiot.emulator_result(state), fed.emulated.base.model
@@ -262,7 +292,9 @@ class _Run:
                 self.folder / "emulator_adapter", whole, fed.config, model, str((self.folder / "emulator").resolve())
             )
         summary = summarise(fed, adapter, results, read_events(self.log.path))
-        summary["metrics"] |= by_client
+        summary["metrics"] |= by_client | self._validated(state, done)
+        if chosen:
+            summary["choice"] = chosen
         if own:
             summary["clients_with_own_adapter"] = own
         self._emit({"event": "run_end", "summary": summary})
@@ -270,21 +302,9 @@ class _Run:
         return summary
 
 
-def evaluate_adapter(
-    fed: Assembly, base: Base, adapter: Tensors, rows: Instructions, max_rows: int | None = None
-) -> Evaluation:
-    """Evaluate ``adapter`` in ``base`` on ``rows``, as ``fed`` evaluates."""
-    config = fed.config
-    base.adapter.load(adapter)
-    return evaluate(
-        base.model,
-        base.tokenizer,
-        rows.examples,
-        rows.encoded,
-        settings=config.evaluation,
-        template=config.data.template,
-        max_tokens=config.data.max_tokens,
-        pad_id=base.pad_id,
-        max_rows=max_rows,
-        preferences=evaluation_loss(fed, base),
-    )
+def _ordered(saved: State, fresh: State) -> State:
+    """``saved`` in the order of a fresh state: a file's order is another, and sums over tensors round by their order.
+
+    What buffered rounds keep beside comes last.
+    """
+    return {name: saved[name] for name in fresh if name in saved} | at_work(saved)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from flocktune.allocation import hold_out_validation
 from flocktune.config.schema import RunConfig
 from flocktune.data.examples import Example
 from flocktune.data.heterogeneity import category_counts, heterogeneity
@@ -19,17 +20,18 @@ from flocktune.errors import Problem, UserError
 from flocktune.files import write_atomic, write_json
 from flocktune.report.html import write_holdings
 
-TEST_FILE = "test.jsonl"
+TEST_FILE, VALIDATION_FILE = "test.jsonl", "validation.jsonl"
 
 
 def write_split(config: RunConfig, folder: Path) -> Table:
     """Write one JSONL file per client below ``folder/clients``, test.jsonl, split.json and who-holds-what.html.
 
-    ``folder/clients`` is itself a data source for allocation ``natural``. Returns a table of who holds what. Raises
-    UserError; an existing split is never overwritten.
+    And validation.jsonl, where the recipe holds rows out for it. ``folder/clients`` is itself a data source for
+    allocation ``natural``. Returns a table of who holds what. Raises UserError; an existing split is never overwritten.
     """
     examples = read_examples(config.data.train, config.data.columns, max_rows=config.data.max_rows)
     kept, held = hold_out([example.category for example in examples], config.data.test_rows_per_category, config.seed)
+    kept, validation = hold_out_validation(config, kept, [example.category for example in examples])
     categories = [examples[row].category for row in kept]
     partition = allocate(
         config.allocation,
@@ -48,6 +50,8 @@ def write_split(config: RunConfig, folder: Path) -> Table:
         for client, rows in partition.clients.items():
             _write_rows(parts / f"{file_stem(client)}.jsonl", [examples[kept[row]] for row in rows], client)
         _write_rows(folder / TEST_FILE, [examples[row] for row in held])
+        if validation:
+            _write_rows(folder / VALIDATION_FILE, [examples[row] for row in validation])
         measured = heterogeneity(partition.clients, categories)
         counts = category_counts(partition.clients, categories)
         write_json(
@@ -57,7 +61,7 @@ def write_split(config: RunConfig, folder: Path) -> Table:
         write_holdings(folder / "who-holds-what.html", counts, asdict(measured))
     except OSError as error:
         raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
-    title = f"{len(counts)} clients in {parts}, {len(held)} rows held out"
+    title = f"{len(counts)} clients in {parts}, {len(held) + len(validation)} rows held out"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("client", no_wrap=True)
     table.add_column("rows", justify="right")

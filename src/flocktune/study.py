@@ -164,6 +164,8 @@ def _inputs(config: RunConfig) -> Mapping[str, str]:
     data = allocate_clients(config)
     scheduler(config, data.clients)  # raises for a client that is not there
     inputs = {"data": data.train.digest, "test": data.test.digest, "model": base_digest(config.model)}
+    if data.validation:
+        inputs["validation"] = data.validation.digest
     if config.method == "fedbiot":
         inputs["public"] = public_rows(config).digest
         if (path := emulator_settings(config).path) is not None:

@@ -30,6 +30,7 @@ def run(
     from flocktune.interrupts import stop_on_signals
     from flocktune.report.html import write_report
     from flocktune.report.live import LiveView
+    from flocktune.report.summaries import choices
     from flocktune.report.tables import comparison_table
     from flocktune.runs import Stopped
 
@@ -60,4 +61,6 @@ def run(
         problems.print(f"Not watching any more; the run ends after this round. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(comparison_table({str(summary["method"]): summary}))
+    for said in choices({str(summary["method"]): summary}):
+        console.print(escaped(said), highlight=False)
     console.print(f"Report: {write_report(place)}", soft_wrap=True)

@@ -85,6 +85,7 @@ def _go_on(folder: Path, quiet: bool) -> None:
     from flocktune.interrupts import stop_on_signals
     from flocktune.report.html import write_report
     from flocktune.report.live import LiveView
+    from flocktune.report.summaries import choices
     from flocktune.report.tables import comparison_table
     from flocktune.report.trackers import Trackers
     from flocktune.run_folder import EXPERIMENT
@@ -101,7 +102,10 @@ def _go_on(folder: Path, quiet: bool) -> None:
         raise typer.Exit(_stopped(f"flocktune resume {folder}")) from None
     except OSError as error:
         raise FlocktuneError(_not_written(folder, error, f"flocktune resume {folder}")) from None
-    console.print(comparison_table(summary if several else {config.method: summary}))
+    summaries = summary if several else {config.method: summary}
+    console.print(comparison_table(summaries))
+    for said in choices(summaries):
+        console.print(escaped(said), highlight=False)
     console.print(f"Report: {write_report(folder)}", soft_wrap=True)
 
 

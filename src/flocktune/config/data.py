@@ -47,17 +47,21 @@ class DataConfig:
 
     ``train``/``test``: a JSON, JSONL, CSV or Parquet file, a saved Hugging Face dataset folder, a folder
     of one file per client (allocation ``natural``), a hub id, ``embedded``, or ``embedded-preferences``. Without
-    ``test``, ``test_rows_per_category`` rows of each category are held out of ``train`` first.
+    ``test``, ``test_rows_per_category`` rows of each category are held out of ``train`` first. Rows that evaluations on
+    the way are made on, so that the test rows choose nothing: ``validation`` (as ``test``), or
+    ``validation_rows_per_category`` of each category, held out of ``train`` next; by default there are none.
     ``max_tokens`` bounds prompt + response; the prompt is cut first, down to a quarter of it.
     """
 
     train: str = EMBEDDED
     test: str | None = None
+    validation: str | None = None
     columns: Columns = field(default_factory=Columns)
     template: Literal["alpaca", "short", "chat"] | CustomTemplate = "alpaca"
     max_tokens: Annotated[int, Field(ge=8)] = 512
     train_on: Literal["responses", "everything"] = "responses"
     test_rows_per_category: Count = 10
+    validation_rows_per_category: Count = 0
     max_rows: Positive | None = None
     batching: Literal["padded", "packed"] = "padded"
 

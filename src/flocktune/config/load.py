@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from flocktune.config import schema
 from flocktune.config.capabilities import refused
 from flocktune.config.engines import InProcessEngine
+from flocktune.config.evaluation import evaluation_problems
 from flocktune.config.factors import rank_problems
 from flocktune.config.mistakes import explain
 from flocktune.config.privacy_rules import privacy_problems
@@ -187,13 +188,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
         fix = "Whether a client's update was within the norm is an element of 1/2 or -1/2."
         yield Problem("secure_aggregation.range", "at least 0.5 with adaptive clipping", f"{secure.range:g}", fix)
     yield from rank_problems(config.ranks, config.lora.rank)
-    if config.data.test is None and config.data.test_rows_per_category == 0 and config.evaluation.every:
-        yield Problem(
-            "evaluation.every",
-            "0 when nothing is held out",
-            str(config.evaluation.every),
-            "Set data.test or data.test_rows_per_category.",
-        )
+    yield from evaluation_problems(config.evaluation, config.data, on_pairs=local.on_pairs)
     if config.method in schema.FEDERATED and config.scheduling.buffered is not None:
         yield from _buffered_checks(config, config.scheduling.buffered)
     yield from privacy_problems(config)

@@ -28,6 +28,7 @@ from flocktune.config.data import (
 )
 from flocktune.config.drift import Correction, FedDyn, Scaffold
 from flocktune.config.engines import Engine, FlowerEngine, InProcessEngine, RayEngine
+from flocktune.config.evaluation import EvaluationConfig
 from flocktune.config.factors import ByClass, ByName, RankClass, Ranks, Rule
 from flocktune.config.fedbiot import AlignmentConfig, EmulatorConfig
 from flocktune.config.losses import Dpo, LocalLoss, NextToken
@@ -182,26 +183,6 @@ class AggregationConfig:
 
 
 # --- the rest --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """When and how the global adapter is evaluated on the held-out rows.
-
-    ``every``: rounds between evaluations, 0 is at the end only. ``task``: what decides whether an
-    answer is right. ``generate``: also write answers
-    (greedily) and score them; ``max_new_tokens`` bounds one. ``max_rows``: rows evaluated while
-    training; the last evaluation takes all. ``client_rows``: rows of each client that it does not train on (it keeps
-    at least one that it does), on which the adapter and the client's own are evaluated, client by client; 0 is off.
-    """
-
-    every: Count = 0
-    task: TaskName = "text"
-    generate: bool = True
-    max_new_tokens: Positive = 64
-    batch_size: Positive = 32
-    max_rows: Positive | None = None
-    client_rows: Count = 0
 
 
 @dataclass(frozen=True)

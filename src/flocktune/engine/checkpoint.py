@@ -70,13 +70,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
             state.unlink()  # the old ones', and what a kill between the two files left
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def load_checkpoint(folder: Path, rounds_done: int | None = None) -> Checkpoint | None:
     """The newest sound checkpoint, or None when none was ever finished. Warns of those that are not sound.
 
-    Raises CheckpointDamaged when there are checkpoints and none of them is sound.
+    ``rounds_done``: that of so many rounds and no other. Raises CheckpointDamaged when there are checkpoints and none
+    of them is sound.
     """
     problems = []
-    manifests = _newest_first({path.with_suffix(".json") for path in folder.glob("round-*.*")})
+    name = "round-*.*" if rounds_done is None else f"round-{rounds_done:05d}.*"
+    manifests = _newest_first({path.with_suffix(".json") for path in folder.glob(name)})
     for path in manifests:
         try:
             checkpoint = _read(path)

@@ -2,7 +2,8 @@
 
 Kinds of events (key ``event``): ``run_start``, ``round`` (``round`` counts from 0), ``alignment`` (of an emulator,
 made before the round of the same number), ``evaluation`` and ``resumed`` (there ``round`` is the number of rounds
-done before it), ``run_end``.
+done before it; an evaluation that is ``final`` is of the result), ``choice`` (of the round that is the result, where
+the recipe asks for one), ``run_end``.
 """
 
 from __future__ import annotations
@@ -75,18 +76,17 @@ def read_events_leniently(path: Path) -> tuple[list[Event], list[int]]:
     return events, damaged
 
 
-def truncate_after(path: Path, round: int, *, with_evaluation: bool = True, with_alignment: bool = False) -> None:
+def truncate_after(path: Path, round: int, *, with_alignment: bool = False) -> None:
     """Forget what happened after ``round`` (from 0; -1 forgets every round), before a run resumes there.
 
-    Drops the events of later rounds, the end of the run and a torn last line; atomic. An evaluation
-    after ``n`` rounds belongs to round ``n - 1``; without ``with_evaluation``, that of ``round`` is forgotten
-    too. An alignment belongs to the round that it was made before; ``with_alignment``, that of ``round + 1`` is
-    kept as well, for a checkpoint that was written right after it. Raises UserError for a damaged log, and OSError.
+    Drops the events of later rounds, the end of the run (its choice and its final evaluations too) and a torn last
+    line; atomic. An evaluation after ``n`` rounds belongs to round ``n - 1``. An alignment belongs to the round that it
+    was made before; ``with_alignment``, that of ``round + 1`` is kept as well, for a checkpoint that was written right
+    after it. Raises UserError for a damaged log, and OSError.
     """
-    dropped = None if with_evaluation else ("evaluation", round + 1)
     added = ("alignment", round + 1) if with_alignment else None
     named = (((event["event"], event.get("round")), event) for event in read_events(path))
-    kept = [event for name, event in named if name == added or (name != dropped and _belongs(event, round))]
+    kept = [event for name, event in named if name == added or _belongs(event, round)]
     lines = (json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n" for event in kept)
     write_atomic(path, "".join(lines))
 
@@ -105,8 +105,8 @@ def _belongs(event: Event, round: int) -> bool:
         case "round" | "alignment":
             return int(event["round"]) <= round
         case "evaluation" | "resumed":
-            return int(event["round"]) <= round + 1
-        case "run_end":
+            return int(event["round"]) <= round + 1 and not event.get("final")
+        case "choice" | "run_end":
             return False
         case _:
             return True

@@ -69,6 +69,8 @@ class LiveView:
                 told = dataset if dataset.startswith(("clients", "triggered")) else told
                 self._scores[told] = _scores(event)
                 self._say(f"{dataset} after round {event['round']}: {self._scores[told]}")
+            case "choice":
+                self._say(f"{self._title()}: {event['said']}", always=True)
             case "run_end":
                 self._say(f"{self._title()}: done")
 

@@ -15,6 +15,7 @@ from flocktune.report.summaries import (
     SHARES,
     Summary,
     Value,
+    choices,
     datasets,
     emulator_dataset,
     headline_metric,
@@ -47,6 +48,9 @@ _IS = {
     "reward_accuracy": "of the held-out pairs: the chosen answer has the higher reward",
     "loss": "nats a token: the loss on held-out rows; less is better",
 }
+
+_CHOICES_SHOWN = 4
+"""Of how many runs it is told, in the page's first lines, which round is the result."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def what_was_run(experiment: Experiment) -> str:
     if not people:
         return f"{label}."
     done, planned = len(runs[0].rounds), start.get("rounds", 0)
-    rounds = f"{done} round{'' if done == 1 else 's'}" if done >= planned else f"{done} of {planned} rounds so far"
+    so_far = "" if runs[0].ended else " so far"  # it may have ended early, and well
+    rounds = f"{done} round{'' if done == 1 else 's'}" if done >= planned else f"{done} of {planned} rounds{so_far}"
     held = sum(number(client.get("rows")) or 0 for client in clients.values())
     rows = f" on {held:,.0f} rows" if held else ""
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
@@ -124,6 +129,9 @@ def verdict(experiment: Experiment) -> str:
     parts.append(_baselines(summaries, key, dataset, name))
     emulator = read_emulator(experiment.methods.get(key) or [])
     parts += [what_clients_hold(emulator)] if emulator else []
+    chosen = choices(summaries)
+    parts += [f"{said}." for said in chosen[:_CHOICES_SHOWN]]
+    parts += [f"So for {len(chosen) - _CHOICES_SHOWN} more runs." if len(chosen) > _CHOICES_SHOWN else ""]
     return " ".join(part for part in parts if part)
 
 

@@ -106,6 +106,13 @@ def study_notes(result: StudyResult) -> list[str]:
     waiting = sum(outcome.state == "waiting" for outcome in result.outcomes)
     if waiting:
         notes.append(f"{waiting} of {len(result.outcomes)} cells have not been finished yet.")
+    chosen = [outcome.summary["choice"] for outcome in result.outcomes if (outcome.summary or {}).get("choice")]
+    if chosen:
+        early = sum(bool(choice.get("stopped_early")) for choice in chosen)
+        notes.append(
+            f"The validation rows decided in {len(chosen)} of {len(result.outcomes)} cells; {early} ended before the"
+            " last round. Which round is the result: summary.json of each."
+        )
     if any(has_emulator({row.label: row.summary}, dataset) for row in found for dataset in _datasets(found)):
         notes.append(
             "AdapFu: the adapter plugged into the full model; AdapEmu: on the emulator; Gap: AdapFu - AdapEmu, of "

@@ -149,7 +149,7 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
         for measured in (run.get("metrics") or {} for run in runs)
     ]
     combined = {**runs[0], "seeds": [run.get("seed") for run in runs], "runs": [dict(run) for run in runs]}
-    for key in ("seed", "adapter_sha256"):
+    for key in ("seed", "adapter_sha256", "choice"):
         combined.pop(key, None)
     if len({run.get("client") for run in runs}) > 1:  # each seed draws its own clients for the local baselines
         combined.pop("client", None)
@@ -162,6 +162,18 @@ def combine_seeds(runs: Sequence[Summary]) -> dict[str, Any]:
     combined["metrics"] = _over(metrics, statistics.fmean)
     combined["metrics_std"] = _over(metrics, _deviation)
     return combined
+
+
+def choices(summaries: Mapping[str, Summary]) -> list[str]:
+    """One sentence for each run whose result was chosen by validation rows, or that ended before its last round."""
+    found = []
+    for key in sorted(summaries, key=method_order):
+        runs = [run for run in summaries[key].get("runs") or [] if isinstance(run, Mapping)]
+        for run in runs or [summaries[key]]:
+            said = (run.get("choice") or {}).get("said")
+            seed = f", seed {run.get('seed')}" if len(runs) > 1 else ""
+            found += [f"{method_label(key, run)}{seed}: {said}"] if said else []
+    return found
 
 
 def method_order(key: str) -> tuple[int, str]:
