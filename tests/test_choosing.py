@@ -1,4 +1,4 @@
-"""Validation rows choose a round and end a run: which rows they are, what is decided, and that a kill changes nothing."""
+"""Validation rows choose a round and end a run: which rows, what is decided, and that a kill changes nothing of it."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def test_answers_are_written_on_the_way_when_asked_for_or_when_they_decide() -> 
 # --- which rows ----------------------------------------------------------------------------------------
 
 
-def test_validation_rows_are_nobodys_and_the_test_rows_stay_what_they_are(
-    world: World, cli: Cli, tmp_path: Path
-) -> None:
+def test_validation_rows_are_nobodys_and_the_test_rows_stay_as_they_are(world: World, cli: Cli, tmp_path: Path) -> None:
     plain = allocate_clients(load_recipe(world.recipe))
     data = allocate_clients(load_recipe(world.recipe, VALIDATED))
     assert data.validation is not None

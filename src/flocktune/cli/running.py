@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -102,7 +103,7 @@ def _go_on(folder: Path, quiet: bool) -> None:
         raise typer.Exit(_stopped(f"flocktune resume {folder}")) from None
     except OSError as error:
         raise FlocktuneError(_not_written(folder, error, f"flocktune resume {folder}")) from None
-    summaries = summary if several else {config.method: summary}
+    summaries: Mapping[str, Any] = summary if several else {config.method: summary}
     console.print(comparison_table(summaries))
     for said in choices(summaries):
         console.print(escaped(said), highlight=False)

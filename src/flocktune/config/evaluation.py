@@ -33,10 +33,10 @@ class EvaluationConfig:
 
     ``every``: rounds between evaluations, 0 is at the end only. On the way they are of the validation rows where there
     are any (``data.validation``, ``data.validation_rows_per_category``), else of the test rows; the last one is of all
-    test rows. ``task``: what decides whether an answer is right. ``generate``: also write answers (greedily) and score them: in the last evaluation, in every one
-    (true), or never (false); ``max_new_tokens`` bounds one. ``max_rows``: rows evaluated while training.
-    ``client_rows``: rows of each client that it does not train on (it keeps at least one that it does), on which the
-    adapter and the client's own are evaluated, client by client; 0 is off.
+    test rows. ``task``: what decides whether an answer is right. ``generate``: also write answers (greedily) and score
+    them: in the last evaluation, in every one (true), or never (false); ``max_new_tokens`` bounds one. ``max_rows``:
+    rows evaluated while training. ``client_rows``: rows of each client that it does not train on (it keeps at least one
+    that it does), on which the adapter and the client's own are evaluated, client by client; 0 is off.
 
     ``metric``, on the validation rows, says which of two rounds is better. ``keep_best``: the result is the best round
     that was evaluated, not the last one. ``patience``: end the run after so many evaluations in a row that were not

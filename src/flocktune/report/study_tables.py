@@ -106,7 +106,7 @@ def study_notes(result: StudyResult) -> list[str]:
     waiting = sum(outcome.state == "waiting" for outcome in result.outcomes)
     if waiting:
         notes.append(f"{waiting} of {len(result.outcomes)} cells have not been finished yet.")
-    chosen = [outcome.summary["choice"] for outcome in result.outcomes if (outcome.summary or {}).get("choice")]
+    chosen = [choice for outcome in result.outcomes if (choice := (outcome.summary or {}).get("choice"))]
     if chosen:
         early = sum(bool(choice.get("stopped_early")) for choice in chosen)
         notes.append(
