@@ -117,11 +117,14 @@ class Child:
 
 def serve() -> None:
     """Fork a child per order, or wait for one; answer with its process id, or its exit status."""
+    import openai  # noqa: F401
     import torch
 
     # Whatever a run imports late, so that no child has to.
     import flocktune.cli
+    import flocktune.evaluation.judge.client
     import flocktune.experiment
+    import flocktune.judging.contest
     import flocktune.report.html
     import flocktune.report.live
     import flocktune.report.trackers

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from flocktune.cli.common import app, escaped, problems
 
-from flocktune.cli import preparing, running, evaluating, results, trying, federation, federating, joining  # noqa: F401  # isort: skip  - in --help's order
+from flocktune.cli import preparing, running, evaluating, results, judging, trying, federation, federating, joining  # noqa: F401  # isort: skip  - in --help's order
 
 
 @contextmanager

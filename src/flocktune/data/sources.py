@@ -98,15 +98,15 @@ def _tables(source: str) -> Iterator[tuple[Rows, str | None]]:
     """The tables of rows that ``source`` consists of, each with the client that owns it, if one does."""
     path, split = locate(source)
     if source == EMBEDDED_PREFERENCES:
-        yield _preferences_of(_rows_of_file(embedded_data())), None
+        yield _preferences_of(rows_of_file(embedded_data())), None
     elif path is None:
         yield _rows_of_hub(source), None
     elif path.is_file():
-        yield _rows_of_file(path), None
+        yield rows_of_file(path), None
     elif _is_saved_dataset(path):
         yield _rows_of_saved(path, split), None
     else:
-        yield from ((_rows_of_file(file), client) for file, client in _files_of_folder(path, split))
+        yield from ((rows_of_file(file), client) for file, client in _files_of_folder(path, split))
 
 
 def _preferences_of(rows: Rows) -> Rows:
@@ -119,7 +119,8 @@ def _preferences_of(rows: Rows) -> Rows:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _rows_of_file(path: Path) -> Rows:
+def rows_of_file(path: Path) -> Rows:
+    """The rows of one file as they stand, whatever their columns. Raises UserError for a file that is none of these."""
     match path.suffix.lower():
         case ".jsonl":
             return _rows_of_json_lines(path)
