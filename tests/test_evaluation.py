@@ -17,10 +17,20 @@ from flocktune.data.encoding import encode, encode_prompt
 from flocktune.data.examples import Example
 from flocktune.errors import UserError
 from flocktune.evaluation.evaluate import Evaluation, choose_rows, evaluate
-from flocktune.evaluation.generate import cut_left, generate_answers, prompt_room, stream_answer
+from flocktune.evaluation.generate import (
+    _decode_batch,
+    _decode_by_library,
+    _drawing,
+    _keeps_keys_and_values,
+    _likeliest,
+    cut_left,
+    generate_answers,
+    prompt_room,
+    stream_answer,
+)
 from flocktune.evaluation.scores import contains, exact_match, normalise, rouge_l, score
 from flocktune.types import Mean
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import DECODERS, tiny_decoder, tiny_model, tiny_tokenizer
 
 # --- scores -------------------------------------------------------------------------------------------
 
@@ -118,6 +128,44 @@ def test_answers_stop_at_any_stop_token() -> None:
     expected = [TOKENIZER.decode(greedy(model, p, 12, (1, stop)), skip_special_tokens=True).strip() for p in prompts]
     assert generate_answers(model, TOKENIZER, prompts, max_new_tokens=12, batch_size=4) == expected
     assert len(expected[0]) < len(TOKENIZER.decode(free[0]))
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_rows_that_end_leave_the_batch_and_transformers_own_loop_says_the_same(family: str) -> None:
+    model, prompts = tiny_decoder(family), prompts_of(6)
+    free = [greedy(model, prompt, 10) for prompt in prompts]
+    stop = free[0][min(3, len(free[0]) - 1)]  # so that answers end at different steps
+    model.generation_config.eos_token_id = [1, stop]
+    expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert _keeps_keys_and_values(model)
+    for decode in (_decode_batch, _decode_by_library):
+        assert decode(model, TOKENIZER, prompts, 10, _likeliest) == expected
+
+
+def test_draws_follow_their_own_seed_whatever_the_batch() -> None:
+    model, prompts = tiny_model("llama"), prompts_of(5)
+
+    def draw(batch_size: int, seeds: list[int], temperature: float = 1.0) -> list[str]:
+        options = {"max_new_tokens": 8, "temperature": temperature, "seeds": seeds}
+        return generate_answers(model, TOKENIZER, prompts, batch_size=batch_size, **options)
+
+    assert draw(1, [1, 2, 3, 4, 5]) == draw(3, [1, 2, 3, 4, 5])
+    assert draw(5, [1, 2, 3, 4, 5])[:2] == draw(5, [1, 2, 9, 9, 9])[:2]
+    assert draw(5, [1, 2, 3, 4, 5]) != draw(5, [6, 7, 8, 9, 10])
+    assert draw(5, [1, 2, 3, 4, 5], 1e-4) == generate_answers(model, TOKENIZER, prompts, max_new_tokens=8, batch_size=5)
+    choose, logits = _drawing(0.5, range(4000)), torch.tensor([[0.0, 0.5, 1.0]]).expand(4000, 3)
+    shares = torch.bincount(choose(range(4000), logits), minlength=3) / 4000
+    assert shares.tolist() == pytest.approx(torch.tensor([0.0, 1.0, 2.0]).softmax(0).tolist(), abs=0.03)
+
+
+def test_the_first_blanks_of_code_stay_on_request() -> None:
+    model = tiny_model("llama")
+    [blank] = TOKENIZER(" ", add_special_tokens=False)["input_ids"]
+    model.lm_head.register_forward_hook(lambda _, __, logits: functional.one_hot(torch.tensor(blank), 260) + 0 * logits)
+    options = {"max_new_tokens": 3, "batch_size": 1}
+    assert generate_answers(model, TOKENIZER, [[3]], **options) == [""]
+    assert generate_answers(model, TOKENIZER, [[3]], **options, strip=False) == ["   "]
 
 
 def test_settings_that_come_with_a_model_are_put_aside_and_kept() -> None:

@@ -170,7 +170,7 @@ def test_a_task_refuses_rows_that_it_can_not_be_measured_on() -> None:
         (["evaluation.task=choice", "local.loss={kind: dpo}"], "text with local.loss dpo"),
         (
             ["evaluation.task=choice", "attack={kind: backdoor, clients: [client-01], trigger: x, target: y}"],
-            "one with written answers",
+            "text or number with a backdoor",
         ),
         (["evaluation.task=sums"], "evaluation.task"),
     ],

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flocktune.cli.common import app, as_emulator, console
+from flocktune.cli.common import app, as_emulator, console, problems
 
 if TYPE_CHECKING:
-    from flocktune.config.schema import Columns, EvaluationConfig
+    from flocktune.config.schema import Columns, EvaluationConfig, RunConfig
     from flocktune.evaluation.evaluate import Evaluation
 
-_TASK = "What is measured"
+_TASK, _CODE = "What is measured", "Task code"
+
+_WARNING = (
+    "Running code that a model wrote: it gets no files, network or processes, and little time and memory."
+    " Do it on a machine that you could lose."
+)
 
 
 @app.command("eval")
@@ -37,7 +42,7 @@ def evaluate_command(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="text, number or choice; default: as the run has it.", rich_help_panel=_TASK),
+        typer.Option(help="text, number, choice or code; default: as the run has it.", rich_help_panel=_TASK),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -47,6 +52,19 @@ def evaluate_command(
         int | None,
         typer.Option(min=1, help="The longest answer, in tokens; default: the run's.", rich_help_panel=_TASK),
     ] = None,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-generated-code", help="Task code: run what the model wrote, shut in.", rich_help_panel=_CODE
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Answers to each prompt, for pass@k.", rich_help_panel=_CODE)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="What answers are drawn at; 0 is greedy.", rich_help_panel=_CODE)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="What draws follow from.", rich_help_panel=_CODE)] = None,
 ) -> None:
     """How good a run's result is: loss, and right answers by the task's own rule, by category."""
     from flocktune.evaluation.choices import by_chance
@@ -56,7 +74,10 @@ def evaluate_command(
 
     columns = _columns(column or [], data)
     tuned = open_result(result, method, base, emulator=as_emulator(model))
-    settings = _settings(tuned.config.evaluation, task, max_new_tokens)
+    code = {"run_generated_code": run_generated_code, "samples": samples, "temperature": temperature}
+    settings = _settings(tuned.config, task, max_new_tokens, {**code, "seed": seed})
+    if settings.task == "code":
+        problems.print(_WARNING, style="yellow", soft_wrap=True)
     found = evaluate_on(tuned, data, max_rows, settings, columns)
     numbers = found.as_dict()
     console.print(evaluation_table(numbers))
@@ -71,15 +92,26 @@ def evaluate_command(
         write_json(output, {"task": settings.task, **numbers})
 
 
-def _settings(run: EvaluationConfig, task: str | None, max_new_tokens: int | None) -> EvaluationConfig:
-    """The run's settings, with what the command line changes. Raises UserError."""
+def _settings(
+    config: RunConfig, task: str | None, max_new_tokens: int | None, code: Mapping[str, Any]
+) -> EvaluationConfig:
+    """The run's settings, with what the command line changes (None changes nothing). Raises UserError."""
+    from flocktune.config.task_rules import task_problems
     from flocktune.config.tasks import TASKS
     from flocktune.errors import Problem, UserError
 
     if task not in (None, *TASKS):
         raise UserError(Problem("--task", f"one of {', '.join(TASKS)}", repr(task)))
+    run = config.evaluation
     changes: dict[str, Any] = {"task": task, "generate": True if task else None, "max_new_tokens": max_new_tokens}
-    return dataclasses.replace(run, **{name: value for name, value in changes.items() if value is not None})
+    changes["code"] = dataclasses.replace(run.code, **_said(code))
+    settings = dataclasses.replace(run, **_said(changes))
+    UserError.raise_all(task_problems(dataclasses.replace(config, evaluation=settings), only_evaluated=True))
+    return settings
+
+
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _columns(told: Sequence[str], data: str | None) -> Columns | None:

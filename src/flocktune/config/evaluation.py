@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from flocktune.config.data import DataConfig
 from flocktune.config.numbers import Count, NonNegative, Positive
-from flocktune.config.tasks import TaskName
+from flocktune.config.tasks import CodeConfig, TaskName
 from flocktune.errors import Problem
 
 OF_TASK: Mapping[TaskName, tuple[str, ...]] = {
     "text": ("checked", "exact_match", "contains", "rouge_l"),
     "number": ("number_match",),
     "choice": ("choice", "choice_per_token", "choice_per_byte"),
+    "code": ("pass_at_1", "pass_at_10", "pass_at_100"),
 }
 """The metrics of answers, by task."""
 
@@ -23,7 +24,7 @@ OF_PAIRS = ("reward_accuracy", "prefers_chosen")
 
 Metric: TypeAlias = Literal[
     "loss", "checked", "exact_match", "contains", "rouge_l", "number_match", "choice", "choice_per_token",
-    "choice_per_byte", "reward_accuracy", "prefers_chosen",
+    "choice_per_byte", "pass_at_1", "pass_at_10", "pass_at_100", "reward_accuracy", "prefers_chosen",
 ]  # fmt: skip
 
 
@@ -33,7 +34,8 @@ class EvaluationConfig:
 
     ``every``: rounds between evaluations, 0 is at the end only. On the way they are of the validation rows where there
     are any (``data.validation``, ``data.validation_rows_per_category``), else of the test rows; the last one is of all
-    test rows. ``task``: what decides whether an answer is right. ``generate``: also write answers (greedily) and score
+    test rows. ``task``: what decides whether an answer is right; ``code``: how task
+    ``code`` is done. ``generate``: also write answers (greedily) and score
     them: in the last evaluation, in every one (true), or never (false); ``max_new_tokens`` bounds one. ``max_rows``:
     rows evaluated while training. ``client_rows``: rows of each client that it does not train on (it keeps at least one
     that it does), on which the adapter and the client's own are evaluated, client by client; 0 is off.
@@ -45,14 +47,13 @@ class EvaluationConfig:
 
     every: Count = 0
     task: TaskName = "text"
+    code: CodeConfig = field(default_factory=CodeConfig)
     generate: bool | Literal["at_end"] = "at_end"
     max_new_tokens: Positive = 64
     batch_size: Positive = 32
     max_rows: Positive | None = None
     client_rows: Count = 0
-    metric: Literal["loss", "checked", "exact_match", "contains", "rouge_l", "reward_accuracy", "prefers_chosen"] = (
-        "loss"
-    )
+    metric: Metric = "loss"
     keep_best: bool = False
     patience: Count = 0
     min_delta: NonNegative = 0.0

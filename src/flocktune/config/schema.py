@@ -65,7 +65,7 @@ from flocktune.config.scheduling import (
     Uniform,
 )
 from flocktune.config.secure_aggregation import SecureAggregationConfig
-from flocktune.config.tasks import TaskName
+from flocktune.config.tasks import CodeConfig
 
 # --- model ---------------------------------------------------------------------------------------
 
