@@ -27,6 +27,12 @@ def find_chromium() -> str | None:
     return next((path for path in found if path), None)
 
 
+def flaws(page: Page) -> list[str]:
+    """What of a page, as it is shown now, is hard to use: names, headings, captions, contrast, width; as sentences."""
+    found: list[str] = page.evaluate((Path(__file__).parent / "accessibility.js").read_text())
+    return found
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless Chromium for one module: while it is open, asyncio.run fails in this thread."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flocktune.cli.common import RunFolder, app, console, existing_run
+from flocktune.cli.common import RunFolder, app, console, existing_run, problems
 
 
 @app.command()
@@ -72,8 +72,23 @@ def memorisation(
 
 
 @app.command()
-def report(folder: RunFolder) -> None:
-    """Write a self-contained HTML page about a run or a comparison."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder; several are compared.")],
+    to: Annotated[
+        Path | None, typer.Option(help="The page to write; default: RUN/report.html, of several ./comparison.html.")
+    ] = None,
+) -> None:
+    """Write a self-contained HTML page about a run or a comparison, or about several side by side."""
+    from flocktune.report.compare import in_words, write_comparison
     from flocktune.report.html import write_report
 
-    console.print(f"Wrote {write_report(existing_run(folder))}", soft_wrap=True)
+    found = [existing_run(folder) for folder in folders]
+    if len(found) == 1:
+        console.print(f"Wrote {write_report(found[0], to)}", soft_wrap=True)
+        return
+    place = to or Path("comparison.html")
+    compared = write_comparison(found, place)
+    for obstacle in compared.obstacles:
+        problems.print(f"warning: {obstacle}", style="yellow", markup=False, soft_wrap=True)
+    console.print(in_words(compared), markup=False)
+    console.print(f"Wrote {place}", soft_wrap=True)

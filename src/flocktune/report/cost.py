@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flocktune.report.charts import Bar, bar_panel
 from flocktune.report.emulator import spoken_flops
 from flocktune.report.figures import Figure
 from flocktune.report.outcome import main_method
 from flocktune.report.runs import Experiment, Run
-from flocktune.report.summaries import method_label, number, travelled
+from flocktune.report.summaries import Summary, method_label, number, travelled
 from flocktune.report.tables import NOTHING, Cell, Grid, cell_of, format_bytes, format_seconds
 
 _WORK = ("load", "data", "align", "forward and backward", "aggregate", "diagnose", "evaluate", "save")
 
 
 def cost_grid(experiment: Experiment) -> Grid:
-    """A row a method: bytes of all clients, operations of training, memory, time; means over seeds."""
+    """A row a method: bytes of all clients, privacy spent, operations of training, memory, time; means over seeds."""
     columns = {
+        # Heading -> the cell of a method.
         "Down": lambda key, summary: cell_of(travelled(key, summary, "bytes_down"), format_bytes),
         "Up": lambda key, summary: cell_of(travelled(key, summary, "bytes_up"), format_bytes),
         "Emulator": lambda key, summary: cell_of(travelled(key, summary, "bytes_emulator"), format_bytes),
+        "Epsilon": lambda _, summary: cell_of(_epsilon(summary), _three),
         "Training": lambda key, _: cell_of(training_flops(experiment.methods.get(key) or []), _flops),
         "Peak memory": lambda _, summary: cell_of(number(summary.get("peak_memory_bytes")), format_bytes),
         "Time": lambda _, summary: cell_of(number(summary.get("seconds")), format_seconds),
@@ -87,6 +89,15 @@ def seconds_of(run: Run) -> dict[str, float]:
     if "evaluate" not in parts:
         parts["evaluate"] = sum(number(event.get("seconds")) or 0.0 for event in run.evaluations)
     return parts
+
+
+def _epsilon(summary: Summary) -> float | None:
+    told = summary.get("privacy")
+    return number(told.get("epsilon")) if isinstance(told, Mapping) else None
+
+
+def _three(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}"
 
 
 def _flops(value: float | None) -> str:

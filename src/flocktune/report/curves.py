@@ -149,7 +149,8 @@ def _chart(
         full = _averaged([points(run, "") for run in runs])
         if full[0]:
             named = f"{whose}AdapFu" if key in twice else label
-            lines.append(Line(named, full[0], style, dash, full[1], reference=key == "base"))
+            level = all(run.start.get("method") == "base" for run in runs)
+            lines.append(Line(named, full[0], style, dash, full[1], reference=level))
         on_emulator = _averaged([points(run, emulated) for run in runs]) if key in twice else ([], [])
         if on_emulator[0]:
             lines.append(Line(f"{whose}AdapEmu", on_emulator[0], style, "2 5", on_emulator[1]))

@@ -133,17 +133,16 @@ def _mark(who: Participation, span: range, name: str, cell: Box) -> Markup:
 def _heat_cell(
     name: str, category: str, count: int, most: int, x: float, y: float, width: float, height: float
 ) -> Markup:
-    share = (count / most) ** 0.5  # the eye tells small amounts apart better so
+    share = (
+        count / most
+    ) ** 0.5  # the eye tells small amounts apart better so; half dark at most, for the number on it
     note = tag("title", f"{name}, {category}: {count:,} rows")
     place = {"x": x + 1, "y": y + 1, "width": width - 2, "height": height - 2}
     drawn = [tag("rect", note, **place, rx=2, class_="track")]
     if count:
-        drawn.append(tag("rect", note, **place, rx=2, class_="heat", fill_opacity=0.12 + 0.88 * share))
+        drawn.append(tag("rect", note, **place, rx=2, class_="heat", fill_opacity=0.08 + 0.36 * share))
     if count and height >= 20 and width >= 26:
-        drawn.append(
-            text(x + width / 2, y + height / 2 + 4, f"{count:,}", class_="on" if share > 0.6 else "off",
-                 text_anchor="middle")
-        )  # fmt: skip
+        drawn.append(text(x + width / 2, y + height / 2 + 4, f"{count:,}", text_anchor="middle"))
     return tag("g", *drawn)
 
 

@@ -18,7 +18,7 @@ from flocktune.report.runs import Experiment, load_experiment
 from flocktune.report.samples import sample_answers
 from flocktune.report.styles import style_of
 from flocktune.report.summaries import datasets, method_label, number
-from flocktune.report.tables import Grid, comparison_grid
+from flocktune.report.tables import Grid, comparison_grid, scores_only
 from flocktune.report.taking_part import (
     client_grid,
     failures,
@@ -30,19 +30,18 @@ from flocktune.report.taking_part import (
 )
 
 REPORT_NAME = "report.html"
-_COSTS = ("Down", "Up", "Time")
-"""Columns of a comparison that the page shows among the costs."""
 
 T = TypeVar("T")
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` into a run folder or a comparison folder and return its path.
+def write_report(run_folder: Path, to: Path | None = None) -> Path:
+    """Write a run's or a comparison's page, ``report.html`` in its folder if not elsewhere, and return its path.
 
     Unfinished and damaged folders make a report too, which says what is missing. Raises UserError when
     the folder holds no run at all, and OSError.
     """
-    path = run_folder / REPORT_NAME
+    path = to or run_folder / REPORT_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, render_report(load_experiment(run_folder)))
     return path
 
@@ -132,10 +131,7 @@ def _results(experiment: Experiment) -> tuple[str, Grid] | None:
     dataset = next(iter(datasets(experiment.summaries)), "")
     if not dataset:
         return None
-    grid = comparison_grid(experiment.summaries, dataset)
-    kept = [place for place, heading in enumerate(grid.headings) if heading not in _COSTS]
-    rows = tuple(tuple(row[place] for place in kept) for row in grid.rows)
-    return dataset, Grid(tuple(grid.headings[place] for place in kept), rows)
+    return dataset, scores_only(comparison_grid(experiment.summaries, dataset))
 
 
 def _title(experiment: Experiment) -> str:

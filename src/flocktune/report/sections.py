@@ -38,7 +38,7 @@ def ladder(experiment: Experiment) -> Figure | None:
         bars += [Bar("on the emulator", emulated.mean, style, emulated.std)] if emulated else []
     note = "More is better." if name in SHARES else "Less is better."
     note += " Whiskers are one standard deviation over seeds." if any(bar.std is not None for bar in bars) else ""
-    title = f"{METRIC_NAMES[name]}, every method"
+    title = f"{METRIC_NAMES[name]}, side by side"
     return _figure(title, bars, name, _highest(bars, name), title=title, width=480, note=note)
 
 

@@ -23,18 +23,30 @@ def read_settings(recipe: str) -> dict[str, Any]:
 
 def differing(recipes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Dotted setting -> its value in each recipe (``–``: it has none), of those in which not all are equal."""
-    flat = [dict(_flattened(read_settings(recipe))) for recipe in recipes]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    found = {key: tuple(settings.get(key, "–") for settings in flat) for key in keys}
     return {
-        key: values for key, values in found.items() if len(set(values)) > 1 and key.partition(".")[0] not in _NAMELESS
+        name: values
+        for name, values in _apart([read_settings(recipe) for recipe in recipes])
+        if name.partition(".")[0] not in _NAMELESS
     }
 
 
-def _flattened(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{name}.")
+def _apart(trees: Sequence[Mapping[str, Any]], above: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What is a group of settings in all recipes is looked into; what is one in some is told as a whole."""
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        values = [tree.get(key) for tree in trees]
+        if all(value == values[0] for value in values):
+            continue
+        if all(isinstance(value, Mapping) for value in values):
+            yield from _apart([value for value in values if isinstance(value, Mapping)], f"{above}{key}.")
         else:
-            yield name, value if isinstance(value, str) else json.dumps(value, default=str)
+            yield f"{above}{key}", tuple(map(_spoken, values))
+
+
+def _spoken(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_spoken(inner)}" for key, inner in value.items() if inner is not None)
+    if isinstance(value, list):
+        return "; ".join(map(_spoken, value))
+    return value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)

@@ -185,7 +185,9 @@ def method_order(key: str) -> tuple[int, str]:
 
 
 def method_label(key: str, summary: Summary | None = None) -> str:
-    """How a method is called on paper, such as ``Local, client-3``."""
+    """How a method is called on paper, such as ``Local, client-3``; a summary with a ``label`` has said it."""
+    if (summary or {}).get("label"):
+        return str((summary or {})["label"])
     client = (summary or {}).get("client")
     if key.startswith("local"):
         number = key.removeprefix("local").strip("_-")

@@ -33,6 +33,7 @@ NOTHING = "–"
 _COLUMNS = 80
 """Letters that a terminal is sure to have in a line."""
 _METHOD_WIDTH = 15
+_COSTS = ("Down", "Up", "Time")
 _SPARED = ("Loss", "Time")
 """Columns that the terminal goes without, in this order, when an emulator's columns leave no room for them."""
 
@@ -84,7 +85,14 @@ def comparison_grid(summaries: Mapping[str, Summary], dataset: str) -> Grid:
     if headline:
         unit = " %" if headline in SHARES else ""
         headings[:1] = [f"AdapFu{unit}", f"AdapEmu{unit}", "Gap"]
-    return Grid(("Method", *headings, "Down", "Up", "Time"), tuple(rows))
+    return Grid(("Method", *headings, *_COSTS), tuple(rows))
+
+
+def scores_only(grid: Grid, first: str = "Method") -> Grid:
+    """A comparison without its costs, for pages that have a table of those; ``first`` heads the first column."""
+    kept = [place for place, heading in enumerate(grid.headings) if heading not in _COSTS]
+    rows = tuple(tuple(row[place] for place in kept) for row in grid.rows)
+    return Grid((first, *(grid.headings[place] for place in kept[1:])), rows)
 
 
 def comparison_table(summaries: Mapping[str, Summary], dataset: str | None = None) -> Table:
