@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,16 +143,12 @@ def _best(compared: Compared) -> str:
 def _labels(folders: Sequence[Path]) -> list[str]:
     """The end of each path, as long as it takes to tell all of them apart."""
     parts = [folder.resolve().parts for folder in folders]
-    longest = max(map(len, parts))
-    for length in range(1, longest + 1):
+    for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-length:]) for one in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    seen: Counter[str] = Counter()  # the same folder twice
-    for place, label in enumerate(labels):
-        seen[label] += 1
-        labels[place] = label if seen[label] == 1 else f"{label} ({seen[label]})"
-    return labels
+        if len(set(labels)) == len(set(parts)):
+            break
+    seen = [labels[: place + 1].count(label) for place, label in enumerate(labels)]  # the same folder may come twice
+    return [label if times == 1 else f"{label} ({times})" for label, times in zip(labels, seen, strict=True)]
 
 
 def _told_apart(methods: Mapping[str, Sequence[Run]]) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,6 @@ from flocktune.report.styles import short_label, spoken_as, style_of
 from flocktune.report.summaries import (
     DECISIVE,
     METRIC_NAMES,
-    categories,
     datasets,
     emulator_dataset,
     headline_metric,
@@ -32,13 +31,16 @@ _HEALTH = {
 }
 """What a round tells of itself, as pictures: field of its event -> title."""
 
+_VALIDATION = "validation"
+"""The data set of rows that choose among rounds, if a run has such."""
+
 Points = Sequence[tuple[float, float]]
 
 
 def learning(experiment: Experiment) -> list[Figure]:
     """Every held-out metric that was measured more than once, the headline metric first, then the training loss."""
     found = []
-    for dataset in datasets(experiment.summaries):
+    for dataset in _looked_at(experiment):
         shown = (*DECISIVE, "rouge_l", "exact_match", "reward_accuracy", "prefers_chosen")
         names = [name for name in shown if _measured(experiment, dataset, name)]
         found += [_evaluations(experiment, dataset, name) for name in [*names[:2], "loss"]]
@@ -56,16 +58,13 @@ def health(experiment: Experiment) -> list[Figure]:
 
 def category_curves(experiment: Experiment) -> list[Figure]:
     """The headline metric over the rounds in each category; the loss, if only that was measured in between."""
-    dataset = next(iter(datasets(experiment.summaries)), "")
-    headline = headline_metric(experiment.summaries, dataset)
-    for name in dict.fromkeys([headline, "loss"]):
-        found = [
-            _evaluations(experiment, dataset, name, category)
-            for category in categories(experiment.summaries, dataset)
-            if name
-        ]
-        if any(found):
-            return [figure for figure in found if figure]
+    for dataset in _looked_at(experiment):
+        events = [event for run in experiment.runs for event in _on(run, dataset)]
+        named = sorted({category for event in events for category in event.get("categories") or {}})
+        for name in dict.fromkeys([headline_metric(experiment.summaries, dataset), "loss"]):
+            found = [_evaluations(experiment, dataset, name, category) for category in named if name]
+            if any(found):
+                return [figure for figure in found if figure]
     return []
 
 
@@ -91,8 +90,9 @@ def _evaluations(experiment: Experiment, dataset: str, name: str, category: str 
         return [(float(done), value) for done, value in latest.items() if value is not None]
 
     unit = "pair" if on_pairs(experiment.summaries, dataset) else "token"
-    title = f"Held-out loss, nats a {unit}" if name == "loss" else METRIC_NAMES[name] + ", held-out rows"
-    remarks = [dataset] if len(datasets(experiment.summaries)) > 1 else []
+    kind = "validation" if dataset == _VALIDATION else "held-out"
+    title = f"{kind.capitalize()} loss, nats a {unit}" if name == "loss" else f"{METRIC_NAMES[name]}, {kind} rows"
+    remarks = [] if dataset in (*datasets(experiment.summaries)[:1], _VALIDATION) else [dataset]
     remarks += [f"on {rows} rows"] if len(sizes) > 1 else []
     title = f"{title} ({', '.join(remarks)})" if remarks else title
     emulated = emulator_dataset(dataset)
@@ -104,6 +104,13 @@ def _evaluations(experiment: Experiment, dataset: str, name: str, category: str 
 def _scores(event: Mapping[str, Any], category: str | None) -> Mapping[str, Any]:
     found = event.get("overall") if category is None else (event.get("categories") or {}).get(category)
     return found or {}
+
+
+def _looked_at(experiment: Experiment) -> list[str]:
+    """The data sets of the results, and those that were looked at on the way only."""
+    found = datasets(experiment.summaries)
+    logged = (str(event["dataset"]) for run in experiment.runs for event in run.evaluations if event.get("dataset"))
+    return list(dict.fromkeys([*found, *(name for name in logged if plain_dataset(name) not in found)]))
 
 
 def _on(run: Run, dataset: str) -> list[Mapping[str, Any]]:
