@@ -10,6 +10,7 @@ from flocktune.config.schema import CustomTemplate, ModelConfig
 from flocktune.data.chat_template import served_prompt, served_template
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example, Message
+from flocktune.data.modelfile import modelfile
 from flocktune.models.load import load_tokenizer
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -91,3 +92,16 @@ def test_an_answer_in_a_conversation_ends_as_in_training_and_empty_ones_are_left
              {"role": "user", "content": "C"}, {"role": "assistant", "content": " "}]  # fmt: skip
     text = tokenizer.apply_chat_template(turns, chat_template=found, tokenize=False)
     assert text == "<s>Instruction: A\nAnswer: b</s>\n\nInstruction: C\nAnswer:"
+
+
+def test_a_modelfile_has_the_template_of_single_prompts() -> None:
+    text = modelfile("short", tiny_tokenizer())
+    assert text is not None
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'Instruction: {{ .Prompt }}\nAnswer:"""\n' in text
+    assert 'PARAMETER stop "</s>"' in text
+    own = modelfile(CustomTemplate("", "<s>{{ {instruction} {context}!"), tiny_tokenizer())
+    assert own is not None
+    assert '{{ end }}{{ "{{" }} {{ .Prompt }} !"""' in own, "the begin of the text is Ollama's to write"
+    assert modelfile("chat", tiny_tokenizer(chat=True)) is None
+    assert modelfile(CustomTemplate("", 'Say "{instruction}"'), tiny_tokenizer()) is None

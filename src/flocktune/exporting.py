@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from flocktune.config.load import load_recipe
 from flocktune.data.chat_template import served_template
+from flocktune.data.modelfile import modelfile
 from flocktune.errors import Problem, UserError
 from flocktune.files import read_json, write_atomic, write_json
 from flocktune.models.load import load_tokenizer, quietly
@@ -44,7 +45,7 @@ def export_result(
             forget_models()  # the resident model is no longer the base
         else:
             write_adapter(to, tuned.adapter, tuned.config, tuned.base.model, base_name)
-        templated = _write_tokenizer(tuned, to)
+        templated = _write_tokenizer(tuned, to, merged=merged)
         _write_card(path, method, to, merged, base_name, templated)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
@@ -52,13 +53,15 @@ def export_result(
     return to
 
 
-def _write_tokenizer(tuned: Tuned, to: Path) -> bool:
-    """The tokenizer with the run's template as its chat template; False when there is none that fits."""
+def _write_tokenizer(tuned: Tuned, to: Path, *, merged: bool) -> bool:
+    """The tokenizer with the run's template as its chat template; False when there is none that fits. And Ollama's."""
     tokenizer = load_tokenizer(tuned.config.model)  # one of its own: the resident one stays as it is
     with quietly():
         chat_template = served_template(tuned.config.data.template, tokenizer)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(to)
+    if merged and (text := modelfile(tuned.config.data.template, tokenizer)):
+        write_atomic(to / "Modelfile", text)
     settings = read_json(to / "tokenizer_config.json")
     if (
         settings.get("tokenizer_class") == "TokenizersBackend"
