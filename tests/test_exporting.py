@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -22,7 +29,7 @@ from flocktune.errors import UserError
 from flocktune.exporting import export_result
 from flocktune.models.vllm_layout import max_lora_rank, vllm_problems
 from flocktune.report.card import OWNER, hub_id, shared_recipe
-from flocktune.results import answer_stream, open_result
+from flocktune.results import Tuned, answer_stream, open_result
 from tiny_models import tiny_model, tiny_tokenizer
 
 QUICK = ["rounds=1", "local.steps=1", "evaluation.every=0", "evaluation.max_new_tokens=2", "name=card"]
@@ -237,3 +244,57 @@ def test_an_export_never_overwrites_and_leaves_nothing_half(runs, tmp_path: Path
     with pytest.raises(UserError, match="No space left"):
         export_result(runs["compared"], None, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+# --- the guide --------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+
+
+@pytest.fixture
+def guided(exports, runs, deep: World, tmp_path: Path, monkeypatch) -> Tuned:
+    """A folder as the guide has it, and the run whose result it serves."""
+    for name, there in {"adapter": exports["compared"], "whole": exports["merged"], "base": deep.model}.items():
+        (tmp_path / name).symlink_to(there)
+    monkeypatch.chdir(tmp_path)
+    return open_result(runs["compared"])
+
+
+def test_the_guides_programs_give_our_answers(guided: Tuned, capsys) -> None:
+    programs = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(programs) == 2
+    mine = "".join(answer_stream(guided, "Name three fruits.", max_new_tokens=24))
+    for program in programs:
+        exec(compile(program, "serving.md", "exec"), {})
+        assert mine in capsys.readouterr().out.replace("\\n", "\n")
+
+
+def test_the_guides_server_gives_our_answer_about_a_context(guided: Tuned, tmp_path: Path) -> None:
+    [command] = re.findall(r"^(transformers serve .*)$", GUIDE, re.MULTILINE)
+    [request] = re.findall(r"-d '(\{.*?\})'$", GUIDE, re.DOTALL | re.MULTILINE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = [str(Path(sys.executable).with_name("transformers")), *command.replace("8000", str(port)).split()[1:]]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(program, stdout=log, stderr=log) as server:
+        try:
+            asked = Request(f"http://127.0.0.1:{port}/v1/chat/completions", request.encode())
+            asked.add_header("Content-Type", "application/json")
+            said = answered(asked, server)
+        finally:
+            server.terminate()
+    mine = "".join(answer_stream(guided, "Which number is here?", "Number 3 is here.", max_new_tokens=24))
+    assert said["choices"][0]["message"]["content"].strip() == mine, (tmp_path / "log").read_text()
+    assert mine != "".join(answer_stream(guided, "Which number is here?", max_new_tokens=24))
+
+
+def answered(request: Request, server: subprocess.Popen) -> Any:
+    """The JSON that a server says, once it is up."""
+    while server.poll() is None:
+        try:
+            return json.loads(urlopen(request).read())
+        except URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.2)
+    raise AssertionError(f"the server ended with {server.returncode}")
