@@ -266,7 +266,7 @@ def test_the_guides_programs_give_our_answers(guided: Tuned, capsys) -> None:
     mine = "".join(answer_stream(guided, "Name three fruits.", max_new_tokens=24))
     for program in programs:
         exec(compile(program, "serving.md", "exec"), {})
-        assert mine in capsys.readouterr().out.replace("\\n", "\n")
+        assert mine in capsys.readouterr().out
 
 
 def test_the_guides_server_gives_our_answer_about_a_context(guided: Tuned, tmp_path: Path) -> None:
