@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import pytest
 import judge_server as server
 from conftest import Said, World, make_world, write_rows
 from flocktune.assets import embedded_model
+from flocktune.report.html import render_report
+from flocktune.report.runs import load_experiment
 from forked_runs import ForkedRuns
 from judge_server import Says, Script, in_turn, longer_is_better, scores, serving
 
@@ -107,6 +110,15 @@ def test_what_a_request_holds(judge: Cli, tmp_path: Path) -> None:
     assert all(tuple(reversed(one)) in seen for one in seen), "each pair in both orders"
     assert "ours" not in json.dumps(script.requests).replace("yours", "")
     assert "theirs" not in json.dumps(script.requests)
+
+
+def test_a_server_on_this_machine_is_asked_past_any_proxy(judge: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(longer_is_better) as script:
+        assert judge(script).code == 0
 
 
 def test_the_key_is_in_no_file_and_no_message(
@@ -497,10 +509,16 @@ def test_a_comparison_is_judged_against_all_beside_it(comparison: tuple[World, P
         assert data["pairs"][0]["baseline"] == "Base model"
         assert data["pairs"][1]["baseline"].startswith("Local, ")
         assert all(one["asked"] == 6 for one in data["pairs"])
+        page = render_report(load_experiment(folder))
+        assert "What a judge made of the answers" in page
+        assert f"<td>{data['pairs'][0]['relative_score']:.3f}</td>" in page
         few = cli("judge", folder / "fedit", "--against", "base", "--max-questions", 3, "--url", script.url,
                   "--model", "m", "--cache", tmp_path)  # fmt: skip
         assert few.code == 0, few.all
     assert json.loads((folder / "fedit" / "judge.json").read_text())["pairs"][0]["asked"] == 3
+    for damage in ("{", "[]", '{"pairs": 3}'):
+        (folder / "judge.json").write_text(damage)
+        assert "verdicts could not be shown" in unescape(render_report(load_experiment(folder)))
 
 
 def test_new_questions_are_answered_by_run_and_base_once(

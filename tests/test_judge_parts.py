@@ -138,8 +138,9 @@ def test_nothing_judged_is_said_and_not_divided_by() -> None:
 
 
 def test_rounding_is_no_win() -> None:
-    thirds = [draw((7.1, 7.3), (6.9, 7.1)), draw((7.0, 6.8), (7.2, 7.0))]  # ours and baseline 28.2 each
-    assert summarise([Scored("1", "a", thirds)])["ties"] == 1
+    one = Scored("1", "a", [draw((9.4, 2.1), (6.6, 6.6)), draw((7.5, 9.4), (7.5, 2.1))])
+    assert one.ours != one.baseline, "25.6 / 4 in another order"
+    assert summarise([one])["ties"] == 1
 
 
 def test_the_bootstrap_interval_is_that_of_all_resamples() -> None:

@@ -12,6 +12,7 @@ from flocktune.report import clients, curves, emulator, sections
 from flocktune.report.cost import cost_grid, where_time_went
 from flocktune.report.figures import Figure
 from flocktune.report.glance import at_a_glance
+from flocktune.report.judged import judged_section
 from flocktune.report.outcome import headline, main_method, verdict, what_was_run
 from flocktune.report.page import render_page
 from flocktune.report.runs import Experiment, load_experiment
@@ -88,6 +89,7 @@ def render_report(experiment: Experiment) -> str:
         "fidelity": drawn("The fidelity", lambda e: emulator.fidelity(e.methods.get(main) or [])),
         "time": drawn("The time", where_time_went),
         "client_cost": drawn("A client's cost", _client_cost) or "",
+        "judged": drawn("The judge's verdicts", lambda e: judged_section(e.folder)),
         "samples": drawn("Sample answers", sample_answers) or [],
         "recipe": experiment.recipe,
         "facts": drawn("The versions", _facts),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from rich.table import Table
+
+from flocktune.report.tables import Cell, Grid
 
 JUDGED = "judge.json"
 """In a run's or a comparison's folder: the newest table."""
@@ -78,17 +81,29 @@ def judged_markdown(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def judged_section(data: Mapping[str, Any]) -> Markup:
-    """The table and its notes as HTML, without a heading; every text escaped."""
-    parts = [_html_table("What a judge model made of the answers", COLUMNS, judged_rows(data))]
-    items = Markup("").join(Markup("<li>{}</li>").format(note) for note in judged_notes(data))
-    parts.append(Markup("<ul>{}</ul>").format(items))
-    for pair in data["pairs"]:
-        if len(pair["categories"]) > 1:
-            title = f"{pair['baseline']}, by category"
-            table = _html_table(title, ("Category (questions)", *COLUMNS[1:]), category_rows(pair))
-            parts.append(Markup("<details><summary>{}</summary>{}</details>").format(title, table))
-    return Markup("\n").join(parts)
+def judged_section(folder: Path) -> dict[str, Any] | None:
+    """What a page shows of a folder's judge.json: a table, its notes, and a table a pairing by category.
+
+    None where nothing was judged. Raises KeyError, TypeError or ValueError for a damaged file.
+    """
+    if not (folder / JUDGED).is_file():
+        return None
+    data = json.loads((folder / JUDGED).read_text(encoding="utf-8"))
+    categories = {
+        str(pair["baseline"]): _grid(("Category (questions)", *COLUMNS[1:]), category_rows(pair))
+        for pair in data["pairs"]
+        if len(pair["categories"]) > 1
+    }
+    return {
+        "ours": str(data["ours"]["label"]),
+        "table": _grid(COLUMNS, judged_rows(data)),
+        "notes": judged_notes(data),
+        "categories": categories,
+    }
+
+
+def _grid(headings: tuple[str, ...], rows: Sequence[Sequence[str]]) -> Grid:
+    return Grid(headings, tuple(tuple(Cell(text) for text in row) for row in rows))
 
 
 def _figures(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -139,18 +154,6 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows)]
-
-
-def _html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    headings = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
-    body = Markup("").join(
-        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            row[0], Markup("").join(Markup('<td class="number">{}</td>').format(cell) for cell in row[1:])
-        )
-        for row in rows
-    )
-    frame = '<table class="judged"><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody></table>'
-    return Markup(frame).format(caption, headings, body)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -282,12 +282,13 @@ class _Asking:
         finally:
             self.spent.reserved -= most
         self.spent.add(guess, reply)
-        self.unanswered, self.answered, self.spent.waiting = 0, True, ""
+        self.unanswered, self.answered = 0, True
         store_reply(self.folder, self.judge.key(duel, attempt), reply)
         return reply
 
     def _sent(self) -> None:
         self.spent.requests += 1
+        self.spent.waiting = ""
 
     def _waiting(self, reason: str) -> None:
         self.spent.waiting = reason
