@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 from flocktune.cli.common import app, escaped, problems
 
-from flocktune.cli import preparing, running, evaluating, results, judging, trying, federation, federating, joining  # noqa: F401  # isort: skip  - in --help's order
+# In --help's order.
+from flocktune.cli import preparing, running, evaluating, results, judging, trying, watching  # noqa: F401  # isort: skip
+from flocktune.cli import federation, federating, joining  # noqa: F401  # isort: skip
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def read_events_leniently(path: Path) -> tuple[list[Event], list[int]]:
     del tail
     events, damaged = [], []
     for number, line in enumerate(lines, start=1):
-        event = _parse(line)
+        event = parse_event(line)
         if event is not None:
             events.append(event)
         elif line.strip():
@@ -112,7 +112,8 @@ def _belongs(event: Event, round: int) -> bool:
             return True
 
 
-def _parse(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """The event on a line of a log; None when the line is none."""
     try:
         event = json.loads(line)
     except ValueError:

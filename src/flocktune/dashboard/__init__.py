@@ -1,0 +1,1 @@
+"""A local page that follows runs from their folders. It only reads."""
