@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flocktune.cli.common import app, as_emulator, console, problems
+from flocktune.cli.common import app, as_emulator, console, needs_extra, problems
 
 if TYPE_CHECKING:
     from flocktune.config.schema import Columns, EvaluationConfig, RunConfig
     from flocktune.evaluation.evaluate import Evaluation
+    from flocktune.results import Tuned
 
-_TASK, _CODE = "What is measured", "Task code"
+_TASK, _CODE, _HARNESS = "What is measured", "Task code", "lm-evaluation-harness"
 
 _WARNING = (
     "Running code that a model wrote: it gets no files, network or processes, and little time and memory."
@@ -65,6 +66,17 @@ def evaluate_command(
         float | None, typer.Option(min=0.0, help="What answers are drawn at; 0 is greedy.", rich_help_panel=_CODE)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="What draws follow from.", rich_help_panel=_CODE)] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead: arc_easy,piqa.", rich_help_panel=_HARNESS),
+    ] = None,
+    harness_tasks: Annotated[
+        Path | None, typer.Option(help="A folder with task files of your own.", rich_help_panel=_HARNESS)
+    ] = None,
+    in_template: Annotated[
+        bool,
+        typer.Option("--in-template", help="Its prompts in the run's prompt template.", rich_help_panel=_HARNESS),
+    ] = False,
 ) -> None:
     """How good a run's result is: loss, and right answers by the task's own rule, by category."""
     from flocktune.evaluation.choices import by_chance
@@ -73,7 +85,13 @@ def evaluate_command(
     from flocktune.results import evaluate_on, open_result
 
     columns = _columns(column or [], data)
+    if harness:
+        needs_extra("lm_eval", "harness")
+        _refuse_beside("--harness", {"--data": data, "--task": task, "--column": column})
     tuned = open_result(result, method, base, emulator=as_emulator(model))
+    if harness:
+        _harness(tuned, harness.split(","), harness_tasks, max_rows, in_template, output, answers)
+        return
     code = {"run_generated_code": run_generated_code, "samples": samples, "temperature": temperature}
     settings = _settings(tuned.config, task, max_new_tokens, {**code, "seed": seed})
     if settings.task == "code":
@@ -90,6 +108,41 @@ def evaluate_command(
         _write_answers(found, answers)
     if output:
         write_json(output, {"task": settings.task, **numbers})
+
+
+def _refuse_beside(option: str, others: Mapping[str, Any]) -> None:
+    """Raise UserError for options that would be ignored."""
+    from flocktune.errors import Problem, UserError
+
+    UserError.raise_all(
+        Problem(other, f"none beside {option}, whose tasks have rows and rules of their own", str(value))
+        for other, value in others.items()
+        if value
+    )
+
+
+def _harness(
+    tuned: Tuned,
+    tasks: Sequence[str],
+    folder: Path | None,
+    max_rows: int | None,
+    in_template: bool,
+    output: Path | None,
+    answers: Path | None,
+) -> None:
+    from flocktune.files import write_atomic, write_json
+    from flocktune.harness import run_harness
+    from flocktune.report.tables import harness_table
+
+    found = run_harness(tuned, tasks, folder=folder, max_rows=max_rows, in_template=in_template)
+    tables = {each.task: each.as_dict() for each in found}
+    console.print(harness_table(tables))
+    if answers:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for each in found for row in each.answers)
+        write_atomic(answers, "".join(lines))
+        console.print(f"Wrote {answers}", soft_wrap=True)
+    if output:
+        write_json(output, {"harness": tables, "in_template": in_template})
 
 
 def _settings(

@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
     eos_token_id: int | None
+    eos_token: str | None
     chat_template: Any
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, list[list[int]]]: ...
@@ -93,6 +94,15 @@ def prompt_segments(example: Example, template: Template, tokenizer: Tokenizer) 
 def prompt_text(example: Example, template: Template, tokenizer: Tokenizer) -> str:
     """The prompt as one text, for people to read."""
     return "".join(segment.text for segment in prompt_segments(example, template, tokenizer))
+
+
+def prompt_before_answer(example: Example, template: Template, tokenizer: Tokenizer) -> str:
+    """The prompt as one text that can be encoded at once: with the ends of earlier answers, and with what the template
+    writes before an answer, so that the answer's own letters follow."""
+    *before, answer = segments(replace(example, response="x"), template, tokenizer)
+    end = tokenizer.eos_token or ""
+    told = "".join(segment.text + (end if segment.ends else "") for segment in before)
+    return told + answer.text.partition("x")[0]
 
 
 def without_response(example: Example) -> Example:

@@ -147,6 +147,18 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def harness_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What lm-evaluation-harness measured, for the terminal: a row for each task and metric, as it calls them."""
+    table = Table(pad_edge=False, collapse_padding=True, box=box.SIMPLE_HEAD)
+    for heading in ("Task", "Rows", "Metric", "Value", "Standard error"):
+        table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right", no_wrap=True)
+    for task, told in tasks.items():
+        for name, value in told["metrics"].items():
+            error = told["standard_errors"].get(name)
+            table.add_row(task, f"{told['rows']:,}", name, f"{value:.4f}", NOTHING if error is None else f"{error:.4f}")
+    return table
+
+
 def interval_line(evaluation: Mapping[str, Any]) -> str:
     """The 95 % interval of the first share of right answers there is, in words; empty when there is none."""
     found = evaluation.get("intervals") or {}
