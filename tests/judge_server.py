@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,8 +63,8 @@ def longer_is_better(body: Mapping[str, Any], number: int) -> Says:
 
 def answers_in(body: Mapping[str, Any]) -> tuple[str, str]:
     text = body["messages"][0]["content"]
-    found = [text.split(f"[Answer {n} begins]\n")[1].split(f"\n[Answer {n} ends]")[0] for n in (1, 2)]
-    return found[0], found[1]
+    first, second = re.findall(r"\[Answer [12] begins (\w+)\]\n(.*?)\n\[Answer [12] ends \1\]", text, re.DOTALL)
+    return first[1], second[1]
 
 
 def in_turn(says: Sequence[Says], then: Reply = longer_is_better) -> Reply:

@@ -162,6 +162,13 @@ def test_draws_are_asked_apart_and_averaged(judge: Cli, tmp_path: Path) -> None:
     found = pair(tmp_path)
     assert found["draws"] == 2 * QUESTIONS
     assert found["sum_ours"] + found["sum_baseline"] == pytest.approx(2 * QUESTIONS * 5)
+    assert not table(tmp_path)["judge"]["same_draws"]
+
+
+def test_draws_that_are_all_alike_are_told(judge: Cli) -> None:
+    with serving(longer_is_better) as script:
+        alike = judge(script, "--draws", 2, "--temperature", 0.7)
+    assert "does not draw" in alike.out
 
 
 def test_equal_answers_are_asked_once_and_tie(tmp_path: Path, judge: Cli, answers: tuple[Path, Path]) -> None:
@@ -266,6 +273,17 @@ def test_a_path_that_is_none_and_a_server_that_is_none(judge: Cli) -> None:
     gone = judge(address)
     assert gone.code == 2
     assert "expected a server that listens" in gone.err
+
+
+def test_no_redirect_is_followed(judge: Cli) -> None:
+    with serving(longer_is_better) as other:
+        moved = Says(status=307, headers={"Location": f"{other.url}/chat/completions"})
+        with serving(lambda body, number: moved) as script:
+            said = judge(script)
+        assert said.code == 2
+        assert "expected a server that answers itself, got 307" in said.err
+        assert len(script.requests) == 1
+        assert not other.requests
 
 
 def test_what_is_no_verdict_is_asked_again_then_counted(judge: Cli, tmp_path: Path) -> None:
@@ -412,6 +430,7 @@ def test_another_machine_is_asked_with_leave_only(judge: Cli) -> None:
     assert secret.code == 2
     assert "secret" not in secret.all
     assert judge("judge.example").code == 2
+    assert "--questions beside it" in judge("https://judge.example/v1", "--max-new-tokens", 5).err
 
 
 # --- killed ----------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def judge(
     """Have a judge model score answers in pairs, 1 to 10, in both orders: the table of FedIT's paper."""
     needs_extra("openai", "judge")
     from flocktune.data.encoding import default_cache_folder
+    from flocktune.errors import Problem, UserError
     from flocktune.evaluation.judge.asking import Judge, Prices
     from flocktune.evaluation.judge.client import Endpoint
     from flocktune.files import exclusive
@@ -81,6 +82,9 @@ def judge(
     asked = Judge(endpoint, temperature, max_tokens, attempts, _parameters(parameter or []))
     prices = Prices(price_in, price_out)
     _refuse(asked, draws, max_cost, prices)
+    if max_new_tokens and questions is None:
+        fix = "Give questions to answer now, too: --questions"
+        raise UserError(Problem("--max-new-tokens", "--questions beside it", "answers that are there already", fix))
     place, folder = cache or default_cache_folder() / "judge", _folder(ours, to)
     place.mkdir(parents=True, exist_ok=True)
     with exclusive(place, "a cache that no other judge is using", "Wait for it, or name another: --cache"):

@@ -141,6 +141,7 @@ def result(found: Contest, outcomes: Mapping[Duel, Outcome], judge: Judge, draws
             "draws": draws,
             "attempts": judge.attempts,
             "rubric": RUBRIC_VERSION,
+            "same_draws": draws > 1 and _all_alike(found, outcomes),
         },
         "ours": {"label": found.ours, "source": found.source, "answers_sha256": found.digest},
         "pairs": [_pair(pairing, outcomes) for pairing in found.pairings],
@@ -159,6 +160,16 @@ def result(found: Contest, outcomes: Mapping[Duel, Outcome], judge: Judge, draws
             ),
         },
     }
+
+
+def _all_alike(found: Contest, outcomes: Mapping[Duel, Outcome]) -> bool:
+    """Whether every draw of a question got the same reply: then the server does not draw."""
+    return all(
+        len({outcomes[draw[order]].replies[:1] for draw in meeting.draws}) == 1
+        for pairing in found.pairings
+        for meeting in pairing.meetings
+        for order in (0, 1)
+    )
 
 
 def _pair(pairing: Pairing, outcomes: Mapping[Duel, Outcome]) -> dict[str, Any]:

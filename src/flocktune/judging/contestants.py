@@ -76,7 +76,7 @@ def line_up(
     are those that ours has answered; with them, runs answer them now, greedily, and their answers are kept in
     ``cache``. Raises UserError.
     """
-    run = None if ours.is_file() else find_run(ours, method)
+    run = None if ours.is_file() else _find_run(ours, method)
     if questions is not None:
         asked = read_questions(questions)
     else:
@@ -91,6 +91,13 @@ def line_up(
     others = [_find(name, run, writer, fresh) for name in against or _all_beside(run, ours)]
     _refuse_twins([first, *others])
     return LineUp(asked, first, others)
+
+
+def _find_run(path: Path, method: str | None = None) -> Path:
+    if not (path / "recipe.yaml").exists():
+        got = "a folder without recipe.yaml" if path.is_dir() else "nothing there"
+        raise UserError(Problem(str(path), "a run's folder, a comparison's, or a file of answers", got))
+    return find_run(path, method)
 
 
 def _all_beside(run: Path | None, ours: Path) -> list[str]:
@@ -118,7 +125,7 @@ def _find(name: str, run: Path | None, writer: _Writer, fresh: bool) -> Contesta
     if path.is_file():
         return _file(path, writer.questions)
     if path.is_dir():
-        return _run(find_run(path), writer, fresh)
+        return _run(_find_run(path), writer, fresh)
     known = ", ".join([*(_beside(run) if run else []), BASE])
     raise UserError(Problem("--against", f"{known}, a run's folder or a file of answers", repr(name)))
 

@@ -60,6 +60,10 @@ def judged_notes(data: Mapping[str, Any]) -> list[str]:
         f"Judge: {settings['model']} at {settings['url']}, temperature {_plain(settings['temperature'])}, both orders,"
         f" {_count(settings['draws'], 'draw')}."
     )
+    if settings["same_draws"]:
+        notes.append(
+            "All draws of every question are the same reply: this server does not draw, and more tell nothing."
+        )
     tokens = f"{usage['tokens'][0]:,} tokens read and {usage['tokens'][1]:,} written"
     cost = f", {usage['cost']:.2f} at the prices given" if usage["priced"] else ""
     guessed = " (partly by the rule: the server did not count)" if usage["tokens_guessed"] else ""

@@ -92,7 +92,7 @@ def connect(endpoint: Endpoint) -> AsyncOpenAI:
         timeout=endpoint.timeout_s,
         max_retries=0,
         default_headers={"OpenAI-Organization": none, "OpenAI-Project": none},
-        http_client=DefaultAsyncHttpxClient(timeout=endpoint.timeout_s, trust_env=outside),
+        http_client=DefaultAsyncHttpxClient(timeout=endpoint.timeout_s, trust_env=outside, follow_redirects=False),
     )
 
 
@@ -184,6 +184,9 @@ def _refuse(error: Any, reason: str, endpoint: Endpoint) -> None:
         ) from None
     if status == 402 or (status == 429 and getattr(error, "code", None) == "insufficient_quota"):
         raise UserError(Problem(endpoint.url, "an account with credit", reason)) from None
+    if status < 400:  # followed, it would carry somebody's data to where nobody allowed it to go
+        to = error.response.headers.get("location") or "elsewhere"
+        raise UserError(Problem(endpoint.url, "a server that answers itself", f"{status}, to {to}", "Mend --url."))
     if 400 <= status < 500 and status not in (408, 409, 425, 429):
         raise Rejected(reason) from None
 

@@ -6,6 +6,9 @@ FedIT's table (arXiv 2305.05644), in our own words.
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 RUBRIC_VERSION = "1"
 """Raise it with every change of the words below: verdicts by other words are other verdicts."""
 
@@ -33,12 +36,12 @@ with the line."""
 
 def question_to_judge(instruction: str, context: str, first: str, second: str, *, reminded: bool = False) -> str:
     """The one message that the judge gets; ``reminded``: after a reply that was no verdict."""
-    parts = [_TASK, _marked("Task", instruction)]
-    if context.strip():
-        parts.append(_marked("Given text", context))
-    parts += [_marked("Answer 1", first), _marked("Answer 2", second), _FORM]
-    return "\n\n".join([*parts, _REMINDER] if reminded else parts)
-
-
-def _marked(name: str, text: str) -> str:
-    return f"[{name} begins]\n{text.strip() or '(nothing)'}\n[{name} ends]"
+    texts = {"Task": instruction, "Given text": context, "Answer 1": first, "Answer 2": second}
+    # No text can hold the digest of itself and the others: none can end its own part and begin another.
+    mark = hashlib.sha256(json.dumps(list(texts.values())).encode()).hexdigest()[:8]
+    parts = [
+        f"[{name} begins {mark}]\n{text.strip() or '(nothing)'}\n[{name} ends {mark}]"
+        for name, text in texts.items()
+        if text.strip() or name != "Given text"
+    ]
+    return "\n\n".join([_TASK, *parts, _FORM, *([_REMINDER] if reminded else [])])
