@@ -37,7 +37,6 @@ NOT_RUN = {
     r"docs/tutorials/data-owner.md python -c .*": "the guide's line, which test_federation_guide.py runs",
     r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more: every cell is checked here, and by "
     "test_recipes.py; table.yaml of the researcher's tutorial is run",
-    r"docs/privacy.md flocktune memorisation runs/NAME": "of any run: serving-results.md runs it",
 }
 """``PAGE COMMAND`` -> why that is not done here. All of these are parsed, and their recipes read."""
 
@@ -126,15 +125,30 @@ def test_pages_are_found() -> None:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder as a reader's: recipes, and rows of its own."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    rows = [{"instruction": f"Say {n}.", "response": f"{n}", "category": "ab"[n % 2]} for n in range(80)]
+    rows = [{"instruction": f"Say {n}.", "response": f"{n}", "category": "ab"[n % 2]} for n in range(600)]
     (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+ON_THEIR_OWN = ("README.md", "docs/start.md", "docs/tutorials/")
+"""Pages that make every run they speak of. On others a reader has runs already: copies of one small comparison."""
+
+
+@pytest.fixture(scope="module")
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison: FedIT, one client alone, the base."""
+    from flocktune.api import run
+
+    settings = [*SMALL, "allocation={kind: iid, clients: 3}", "compare={base: true, local: 1}", "name=my-run"]
+    folder = tmp_path_factory.mktemp("lent") / "run"
+    run(parse_recipe("data: {template: short}", settings), folder)
+    return folder
+
+
 @pytest.mark.parametrize("page", RUN)
 def test_what_a_page_says_can_be_done(
-    page: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, desk: Path, lent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the page's order: its files are saved, its commands typed, its Python run."""
     steps = sorted([*typed(page), *fenced(page)], key=lambda step: step.start)
@@ -142,12 +156,22 @@ def test_what_a_page_says_can_be_done(
     for step in steps:
         if isinstance(step, Typed):
             if reason_not_to_run(step) is None:
+                if not page.startswith(ON_THEIR_OWN):
+                    _lend(step, lent)
                 _type(step, first_run, monkeypatch, capsys)
                 first_run &= not step.text.startswith("flocktune run")
         elif step.file:
             (desk / step.file).write_text(step.text)
         elif step.language == "python" and page not in EARLIER:
             exec(compile(step.text, page, "exec"), {"__name__": "__main__"})
+
+
+def _lend(command: Typed, lent: Path) -> None:
+    """Put a finished run where ``command`` looks for one."""
+    words = shlex.split(command.text)
+    for word in words[2:] if words[1:2] != ["run"] else ():
+        if re.fullmatch(r"runs/[\w.-]+/?", word) and not Path(word).exists():
+            shutil.copytree(lent, word)
 
 
 def _type(

@@ -122,7 +122,7 @@ def test_the_site_opens_from_a_file(site: Path, open_page: Opener, scheme: str) 
     assert page.locator("body").get_attribute("data-md-color-scheme") == {"light": "default", "dark": "slate"}[scheme]
     phone = open_page(site / "reference" / "recipe.html", PHONE, scheme)
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
-    page.locator("label.md-header__button[for=__search]").click()
-    page.locator("input.md-search__input").fill("proximal")
+    page.keyboard.press("/")
+    page.keyboard.type("proximal")
     page.wait_for_selector(".md-search-result__link")
     assert page.locator(".md-search-result__link").count() > 0
