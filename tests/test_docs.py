@@ -44,6 +44,7 @@ STANDS_FOR = {
     "PATH/TO/MODEL": "embedded",
     "MODEL": "embedded",
     "PATH/TO/dolly-15k.jsonl": "notes.jsonl",
+    "gsm8k-test.jsonl": "notes.jsonl",
 }
 """What readers fill in, and what stands for it here."""
 
@@ -61,7 +62,11 @@ WITHOUT_BASELINES = ("compare={}",)
 FEWER = {"fedbiot": ("alignment.first_steps=1", "alignment.fidelity_rows=2", "alignment.max_rows=16")}
 """Less of the same work: added to every run of a page, by its method too."""
 
-SMALL_OPTIONS = {"generate": ("--max-new-tokens", "2"), "eval": ("--max-rows", "2"), "memorisation": ("--max-rows", "4")}
+SMALL_OPTIONS = {
+    "generate": ("--max-new-tokens", "2"),
+    "eval": ("--max-rows", "2"),
+    "memorisation": ("--max-rows", "4"),
+}
 
 EARLIER = {"README.md": "test_recipes.py runs it"}
 """Pages whose Python is run elsewhere."""
@@ -117,7 +122,9 @@ RUN = [page for page in PAGES if any(reason_not_to_run(command) is None for comm
 
 
 def test_pages_are_found() -> None:
-    assert {"README.md", "docs/start.md", "docs/tutorials/researcher.md", "docs/tutorials/serving-results.md"} <= set(RUN)
+    assert {"README.md", "docs/start.md", "docs/tutorials/researcher.md", "docs/tutorials/serving-results.md"} <= set(
+        RUN
+    )
     assert len([command for page in RUN for command in typed(page)]) > 50
 
 
@@ -174,9 +181,7 @@ def _lend(command: Typed, lent: Path) -> None:
             shutil.copytree(lent, word)
 
 
-def _type(
-    command: Typed, first_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _type(command: Typed, first_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = [_stands_for(word) for word in shlex.split(command.text)]
     if words[0] != "flocktune":
         done = subprocess.run(("bash", "-ec", command.text), capture_output=True, text=True, check=False)

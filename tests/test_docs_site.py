@@ -116,7 +116,7 @@ def test_the_owners_tutorial_names_keys_of_a_policy() -> None:
 
 @pytest.mark.needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_site_opens_from_a_file(site: Path, open_page: Opener, scheme: str) -> None:  # noqa: F811
+def test_the_site_opens_from_a_file(site: Path, open_page: Opener, scheme: str) -> None:
     """Without a server: pages, the palette that the system asks for, no page wider than a phone's, and the search."""
     page = open_page(site / "index.html", WIDE, scheme)
     assert page.locator("body").get_attribute("data-md-color-scheme") == {"light": "default", "dark": "slate"}[scheme]
