@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -24,19 +25,21 @@ from flocktune.cli import main
 from flocktune.config.load import load_recipe, parse_recipe
 from flocktune.config.study import load_study
 from flocktune.owner.policy import Policy
+from judge_server import longer_is_better, serving
 
 NOT_RUN = {
     r"docs/federation.md .*": "its trial is run by test_federation_guide.py, from the page; the rest of it is parsed",
-    r"docs/results.md .*": "minutes to hours: how tables were made; the same verbs and recipes are run in small elsewhere",
+    r"docs/results.md .*": "minutes to hours: how tables were made; the verbs are run elsewhere",
     r".* make \w+.*": "makes an environment of its own; that the target exists is tested",
     r".* pip install .*": "would install; that the extras exist is tested",
     r".* flocktune federation (up|run|status) .*": "needs nginx and processes that stay: test_federation_guide.py",
     r".* flocktune federation enrol fed --accept .*": "needs an owner's answer: test_federation_guide.py",
-    r"docs/tutorials/coordinator.md flocktune federation logs .*": "there are none before a run: test_federation_guide.py",
+    r"docs/tutorials/coordinator.md flocktune federation logs .*": "before a run there are none",
     r".* flocktune join .*": "needs a coordinator: test_federation_guide.py",
     r"docs/tutorials/data-owner.md python -c .*": "the guide's line, which test_federation_guide.py runs",
-    r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more: every cell is checked here, and by "
-    "test_recipes.py; table.yaml of the researcher's tutorial is run",
+    r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more; every cell is checked here",
+    r"docs/evaluation.md flocktune eval .* --task code .*": "HumanEval's own rows: test_code.py, in a locked-down process",
+    r".* (vllm|ollama|llama-server|docker) .*": "other makers' programs",
 }
 """``PAGE COMMAND`` -> why that is not done here. All of these are parsed, and their recipes read."""
 
@@ -45,6 +48,9 @@ STANDS_FOR = {
     "MODEL": "embedded",
     "PATH/TO/dolly-15k.jsonl": "notes.jsonl",
     "gsm8k-test.jsonl": "notes.jsonl",
+    "URL": "$JUDGE_URL",
+    "http://127.0.0.1:8000/v1": "$JUDGE_URL",
+    "https://judge.example/v1": "$JUDGE_URL",
 }
 """What readers fill in, and what stands for it here."""
 
@@ -130,12 +136,14 @@ def test_pages_are_found() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder as a reader's: recipes, and rows of its own."""
+    """A folder as a reader's: recipes, and rows of its own. A judge answers at ``JUDGE_URL``."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     rows = [{"instruction": f"Say {n}.", "response": f"{n}", "category": "ab"[n % 2]} for n in range(600)]
     (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with serving(longer_is_better) as judge:
+        monkeypatch.setenv("JUDGE_URL", judge.url)
+        yield tmp_path
 
 
 ON_THEIR_OWN = ("README.md", "docs/start.md", "docs/tutorials/")
@@ -199,7 +207,7 @@ def _type(command: Typed, first_run: bool, monkeypatch: pytest.MonkeyPatch, caps
 
 def _stands_for(word: str) -> str:
     key, sign, value = word.rpartition("=")
-    return key + sign + STANDS_FOR.get(value, value)
+    return key + sign + (os.path.expandvars(STANDS_FOR[value]) if value in STANDS_FOR else value)
 
 
 def _in_small(words: list[str], first_run: bool) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from judge_server import longer_is_better, serving
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 NEEDS = {"evaluate_and_export.py": "fedit.py", "read_events.py": "fedit.py"}
@@ -52,6 +54,12 @@ def test_an_example_does_what_it_says(
     name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name == "judge_locally.py":
+        with serving(longer_is_better) as judge:
+            monkeypatch.setenv("JUDGE_URL", judge.url)
+            run(name)
+        assert '"wins": 1' in capsys.readouterr().out
+        return
     if NEEDS.get(name) == "fedit.py" or name == "fedit.py":
         shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     if name != "fedit.py":
