@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from flocktune.results import answer_stream, evaluate_on, export_result, open_result
+from flocktune.exporting import export_result
+from flocktune.results import answer_stream, evaluate_on, open_result
 
 run = Path("runs/fedit")
 tuned = open_result(run)
 print(evaluate_on(tuned, max_rows=4).as_dict()["overall"])
 print("".join(answer_stream(tuned, "Name three fruits.", max_new_tokens=16)))
-print("PEFT adapter:", export_result(run, None, Path("fedit-adapter"), merged=False))
+print("PEFT adapter:", export_result(run, None, Path("fedit-adapter")))

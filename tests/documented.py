@@ -86,7 +86,7 @@ def understood(command: str) -> Any:
 
     from flocktune.cli import app
 
-    arguments = shlex.split(command)[1:]
+    arguments = shlex.split(re.split(r" [<>|&]+ ", command)[0])[1:]
     known: Any = typer.main.get_command(app)
     context = known.make_context("flocktune", list(arguments))
     while hasattr(known, "commands"):

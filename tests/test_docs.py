@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from click import MissingParameter
 from click.exceptions import Exit
 
 from documented import PAGES, ROOT, SHELLS, Typed, fenced, typed, understood, within_sentences
+from flocktune.assets import embedded_model
 from flocktune.cli import main
 from flocktune.config.load import load_recipe, parse_recipe
 from flocktune.config.study import load_study
+from flocktune.config.template import write_template
 from flocktune.owner.policy import Policy
 from judge_server import longer_is_better, serving
 
@@ -38,7 +41,8 @@ NOT_RUN = {
     r".* flocktune join .*": "needs a coordinator: test_federation_guide.py",
     r"docs/tutorials/data-owner.md python -c .*": "the guide's line, which test_federation_guide.py runs",
     r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more; every cell is checked here",
-    r"docs/evaluation.md flocktune eval .* --task code .*": "HumanEval's own rows: test_code.py, in a locked-down process",
+    r"docs/evaluation.md flocktune eval .* --task code .*": "HumanEval's own rows: its tests run it",
+    r".* flocktune playground .*": "stays until it is told to end: its own tests open it",
     r".* (vllm|ollama|llama-server|docker) .*": "other makers' programs",
 }
 """``PAGE COMMAND`` -> why that is not done here. All of these are parsed, and their recipes read."""
@@ -136,10 +140,11 @@ def test_pages_are_found() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder as a reader's: recipes, and rows of its own. A judge answers at ``JUDGE_URL``."""
+    """A folder as a reader's: recipes, rows of its own, a base model. A judge answers at ``JUDGE_URL``."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     rows = [{"instruction": f"Say {n}.", "response": f"{n}", "category": "ab"[n % 2]} for n in range(600)]
     (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "base").symlink_to(embedded_model())
     monkeypatch.chdir(tmp_path)
     with serving(longer_is_better) as judge:
         monkeypatch.setenv("JUDGE_URL", judge.url)
@@ -182,9 +187,14 @@ def test_what_a_page_says_can_be_done(
 
 
 def _lend(command: Typed, lent: Path) -> None:
-    """Put a finished run where ``command`` looks for one."""
+    """Put a recipe and a finished run where ``command`` looks for one."""
     words = shlex.split(command.text)
-    for word in words[2:] if words[1:2] != ["run"] else ():
+    if words[1:2] == ["run"]:
+        if words[2] == "my-run.yaml" and not Path(words[2]).exists():
+            write_template(Path(words[2]), "fedit")
+        shutil.rmtree(Path("runs") / Path(words[2]).stem, ignore_errors=True)  # its name is the new run's
+        return
+    for word in words[2:]:
         if re.fullmatch(r"runs/[\w.-]+/?", word) and not Path(word).exists():
             shutil.copytree(lent, word)
 
@@ -195,6 +205,7 @@ def _type(command: Typed, first_run: bool, monkeypatch: pytest.MonkeyPatch, caps
         done = subprocess.run(("bash", "-ec", command.text), capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # who is asked something says nothing
     monkeypatch.setattr(sys, "argv", _in_small(words, first_run))
     code = 0
     try:
