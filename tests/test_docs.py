@@ -43,6 +43,7 @@ NOT_RUN = {
     r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more; every cell is checked here",
     r"docs/evaluation.md flocktune eval .* --task code .*": "HumanEval's own rows: its tests run it",
     r".* flocktune playground .*": "stays until it is told to end: its own tests open it",
+    r".* flocktune dashboard .*": "stays until it is told to end: its own tests open it",
     r".* (vllm|ollama|llama-server|docker) .*": "other makers' programs",
 }
 """``PAGE COMMAND`` -> why that is not done here. All of these are parsed, and their recipes read."""

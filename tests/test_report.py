@@ -619,6 +619,25 @@ def test_the_grid_of_rounds_shows_answers_failures_and_the_unneeded() -> None:
     assert [sum(e.get("class") == kind for e in root.iter()) for kind in ("answered", "failed", "unused")] == [2, 1, 1]
 
 
+@pytest.mark.parametrize("rounds", [3, 190, 450])
+def test_marks_that_are_drawn_together_are_the_same_marks(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(rounds)
+    kinds: list[set[int]] = [set(), set(), set()]
+    for number in range(rounds):
+        kinds[draw.randrange(3)].add(number)
+    who = {"a": grids.Participation(*map(frozenset, kinds)), "b": grids.Participation(frozenset({1}), frozenset())}
+
+    def marks() -> list[tuple[str, int]]:
+        elements = list(ET.fromstring(grids.participation(who, rounds, title="t")).iter())
+        found = {kind: [e for e in elements if e.get("class") == kind] for kind in ("answered", "failed", "unused")}
+        return [(kind, sum(e.get("d", "M").count("M") for e in some)) for kind, some in found.items()]
+
+    alone = marks()
+    monkeypatch.setattr(grids, "_NOTED", 0)
+    assert marks() == alone
+    assert len(grids.participation(who, rounds, title="t")) < 200 * min(rounds, 200) + 4000
+
+
 def test_large_federations_stay_small_files() -> None:
     who = {f"client-{n}": grids.Participation(frozenset(range(0, 1000, 2)), frozenset()) for n in range(500)}
     picture = grids.participation(who, 1000, title="t")

@@ -22,7 +22,7 @@ from flocktune.report.tables import NOTHING, Cell, Grid, format_metric, format_s
 
 _POINTS = 400
 """Rounds that a curve is drawn through at most."""
-_MARKS = 1_000_000
+_MARKS = 5_000_000
 """Clients times rounds that are drawn at most: a second's work."""
 _CLIENTS = 200
 """Clients in the table at most."""

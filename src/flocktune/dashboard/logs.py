@@ -19,7 +19,7 @@ _KNOWN_BY_BYTES = 128
 _READ_BYTES = 4_000_000
 _PACES = 20
 """The pace of a run is the median over so many rounds."""
-FAILURES_KEPT = 200
+FAILURES_KEPT = 100
 _MOST_ROUNDS, _LATEST_S = 10_000_000, 32_503_680_000
 """Beyond them (the year 3000) a number is damage."""
 _HEAVY = ("clients", "selected", "answered", "failures")

