@@ -188,6 +188,7 @@ def test_a_record_tells_what_came_in_its_round() -> None:
         assert record.metrics["loss"].count == 6
         assert record.diagnostics["staleness"] == sum(record.round - task.round for task in came) / 6
         assert record.bytes_up == 6 * encoded_size(START)
+        assert {client.bytes_up for client in record.clients.values()} == {encoded_size(START)}
         # Two at the start; then one after each reply, but for the last of a round: that one belongs to the next.
         assert record.bytes_down == (7 if record.round == 0 else 6) * encoded_size(START)
         for client, told in record.clients.items():

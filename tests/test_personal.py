@@ -294,7 +294,7 @@ def test_a_run_tells_how_each_client_fares(cli: Cli, world: World, tmp_path: Pat
     )
     page = cli("report", tmp_path / "run")
     assert page.code == 0, page.all
-    assert "Client by client" in (tmp_path / "run/report.html").read_text()
+    assert "How the result serves each client" in (tmp_path / "run/report.html").read_text()
 
 
 def test_what_is_lost_on_the_wire_does_not_touch_own_adapters(cli: Cli, world: World, tmp_path: Path) -> None:

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from flocktune.errors import UserError
-from flocktune.report import charts, emulator, grids, svg, tables
+from flocktune.report import charts, curves, emulator, grids, svg, tables
 from flocktune.report.cost import seconds_of
 from flocktune.report.events import EventLog, read_events, truncate_after
+from flocktune.report.glance import at_a_glance
 from flocktune.report.html import write_holdings, write_report
 from flocktune.report.live import LiveView
-from flocktune.report.outcome import verdict, what_was_run
+from flocktune.report.outcome import headline, verdict, what_was_run
 from flocktune.report.page import unbroken
 from flocktune.report.runs import load_experiment, load_run
 from flocktune.report.summaries import Value, combine_seeds, datasets, metric, plug_in_gap
+from flocktune.report.taking_part import client_grid, parts_of
 from flocktune.report.trackers import Trackers
 
 CATEGORIES = ["brainstorming", "classification", "closed_qa", "creative_writing", "general_qa",
@@ -952,3 +954,106 @@ def test_evaluation_time_is_counted_once(tmp_path: Path) -> None:
     assert seconds_of(run) == {"forward and backward": 5.0, "save": 1.0, "evaluate": 9.0}
     run.rounds[0]["seconds"]["evaluate"] = 4.0
     assert seconds_of(run)["evaluate"] == 4.0
+
+
+# --- what the page says first -----------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, change) -> Path:
+    """The run, with every event as ``change`` leaves it."""
+    log = folder / "metrics.jsonl"
+    events = read_events(log)
+    for event in events:
+        change(event)
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_what_left_each_client_is_measured_and_where_it_is_not_it_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=3, clients=4)
+    [run] = load_experiment(tmp_path / "run").runs
+    parts = parts_of(run)
+    assert not any(part.exact for part in parts if part.answered)
+    assert sum(part.sent for part in parts) == pytest.approx(run.summary["bytes_up"])
+    grid, more = client_grid(load_experiment(tmp_path / "run"))
+    assert more == 0
+    assert all(row[5].text.startswith("≈ ") == bool(row[3].value) for row in grid.rows)
+
+    def tell(event: dict) -> None:
+        for name, client in (event.get("clients") or {}).items() if event["event"] == "round" else ():
+            client.update(bytes_up=1000 * int(name[-1]), epsilon=0.5 * event["round"] + 1)
+
+    rewritten(tmp_path / "run", tell)
+    grid, _ = client_grid(load_experiment(tmp_path / "run"))
+    assert grid.headings[:7] == ("Client", "Rows held", "Asked", "Counted", "Failed", "Sent", "Epsilon")
+    rounds = load_experiment(tmp_path / "run").runs[0].rounds
+    for row in grid.rows:
+        name = row[0].text
+        times = [event["round"] for event in rounds if name in event["answered"]]
+        assert row[3].value == len(times)
+        assert row[5].value == 1000 * int(name[-1]) * len(times)
+        assert row[6].value == (0.5 * max(times) + 1 if times else None)
+
+
+def test_the_run_at_a_glance(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=4)
+    glances = {glance.heading: glance for glance in at_a_glance(load_experiment(tmp_path / "run"))}
+    assert list(glances) == ["Who took part", "What left each client", "What it cost"]
+    assert glances["Who took part"].figure == "10 clients"
+    assert "No differential privacy and no secure aggregation" in glances["What left each client"].remarks[-1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    told = {"privacy": {"said": "epsilon 3.1 at delta 1e-05"}, "client_cost": {"flops_per_token_first": 2e6}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, **told}))
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "secure_aggregation: {min_clients: 2}\n")
+    _, left, cost = at_a_glance(load_experiment(tmp_path / "run"))
+    assert left.remarks[-2:] == (
+        "Differential privacy: epsilon 3.1 at delta 1e-05.",
+        "Secure aggregation: the server saw sums, no single update.",
+    )
+    assert f"{4 * 5 * 4100 * 2e6 / 1e9:.3g} GFLOP of training, all clients together." in cost.remarks
+    write_run(tmp_path / "base", "base")
+    assert [glance.heading for glance in at_a_glance(load_experiment(tmp_path / "base"))] == ["What it cost"]
+
+
+def test_the_headline_says_how_sure_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    experiment = load_experiment(tmp_path / "run")
+    assert headline(experiment).sure == "One seed, 80 rows."
+    experiment.runs[0].summary["metrics"]["test"]["intervals"] = {"checked": {"low": 0.5, "high": 0.715}}
+    said = headline(load_experiment(tmp_path / "run"))
+    assert said.sure == "One seed, 80 rows."  # the file has none
+    assert headline(experiment).sure == "95 % interval 50.0 to 71.5 %, of 80 rows; one seed."
+    write_comparison(tmp_path / "seeds", seeds=3)
+    found = headline(load_experiment(tmp_path / "seeds"))
+    assert found.sure == "Mean ± standard deviation of 3 seeds."
+    assert re.fullmatch(r"± \d\.\d %", found.unit)
+
+
+def test_the_round_that_was_kept_is_marked_in_every_curve(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=8)
+    assert not any("mark" in figure.picture for figure in curves.learning(load_experiment(tmp_path / "run")))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "choice": {"round": 4, "said": "so"}}))
+    found = curves.learning(load_experiment(tmp_path / "run"))
+    assert len(found) == 4
+    assert all('class="mark"' in figure.picture and "Round 4 was kept" in figure.picture for figure in found)
+
+
+def test_curves_of_validation_rows_that_the_result_was_not_tested_on(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=8)
+
+    def rename(event: dict) -> None:
+        if event["event"] == "evaluation" and event["round"] < 8:
+            event["dataset"] = "validation"
+
+    titles = [figure.title for figure in curves.learning(load_experiment(rewritten(tmp_path / "run", rename)))]
+    assert titles == ["Validation loss, nats a token", "Training loss, nats a token"]
+    categories = curves.category_curves(load_experiment(tmp_path / "run"))
+    assert [figure.title for figure in categories] == [name.replace("_", " ") for name in CATEGORIES]
+    assert categories[0].note == "Validation loss, nats a token"
+
+
+def test_a_number_stays_with_its_unit() -> None:
+    said = unbroken("19.8 MB of 3 seeds, 67.3 % (17 ×), 16.0 s so")
+    assert said.replace("\N{NO-BREAK SPACE}", "~") == "19.8~MB of 3 seeds, 67.3~% (17~×), 16.0~s so"

@@ -202,6 +202,7 @@ def test_over_selection_uses_the_first_usable_updates() -> None:
     assert asked == ["a", "b"], "nobody is asked once there is enough"
     assert list(records[0].clients) == ["b"]
     assert records[0].bytes_down == 2 * records[0].bytes_up
+    assert sum(client.bytes_up or 0 for client in records[0].clients.values()) == encoded_size(START)
 
 
 def test_transforms_are_undone_in_reverse_order() -> None:
@@ -364,6 +365,7 @@ def test_one_sum_of_many_clients_counts_as_all_of_them() -> None:
     assert torch.equal(state["adapter/w"], without_a["adapter/w"])
     assert list(records[0].clients) == ["b", "c"]
     assert records[0].clients["b"].metrics == {}
+    assert records[0].clients["b"].bytes_up is None, "of a sum nothing is known of one"
     assert records[0].clients["b"].weight == (WEIGHTS["b"] + WEIGHTS["c"]) / 2
     assert records[0].bytes_up == 3 * encoded_size(START)
     with pytest.raises(RoundFailed, match="at least 3"):

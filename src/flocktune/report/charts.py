@@ -50,9 +50,19 @@ class Stack:
 
 
 def line_chart(
-    lines: Sequence[Line], *, title: str, description: str, x_label: str, y_format: Format, width: float = 540
+    lines: Sequence[Line],
+    *,
+    title: str,
+    description: str,
+    x_label: str,
+    y_format: Format,
+    width: float = 540,
+    mark: tuple[float, str] | None = None,
 ) -> Markup:
-    """Curves over a shared x, each named at its end. The y axis spans the data, not zero: curves show change."""
+    """Curves over a shared x, each named at its end. The y axis spans the data, not zero: curves show change.
+
+    ``mark``: a place on the x axis, and what there is to say of it.
+    """
     box = Box(46, 14, width - 46 - 128, 216)
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for y in (*(p[1] for p in line.points), *(b for p in line.band for b in p[1:]))]
@@ -74,6 +84,7 @@ def line_chart(
         title,
         description,
         _axes(box, to_x, to_y, ticks(low, high, 5), _whole(ticks(first, last, 6)), x_label, y_format),
+        *(_mark(mark, box, to_x) if mark and first <= mark[0] <= last else ()),
         *(_curve(line, box, to_x, to_y, y_format) for line in lines),
         *(_end_label(line, box, end, place) for line, end, place in zip(lines, ends, labels, strict=True)),
     )
@@ -144,6 +155,14 @@ def _axes(
     drawn.append(tag("path", d=f"M{box.left:.1f} {box.bottom:.1f}H{box.right:.1f}", class_="axis"))
     drawn.append(text(box.left + box.width / 2, box.bottom + 35, x_label, class_="tick", text_anchor="middle"))
     return tag("g", *drawn, aria_hidden="true")
+
+
+def _mark(mark: tuple[float, str], box: Box, to_x: Scale) -> list[Markup]:
+    x = to_x(mark[0])
+    return [
+        tag("path", d=f"M{x:.1f} {box.top:.1f}V{box.bottom:.1f}", class_="mark"),
+        text(min(x, box.right - 20), box.top - 3, mark[1], class_="tick", text_anchor="middle"),
+    ]
 
 
 def _curve(line: Line, box: Box, to_x: Scale, to_y: Scale, y_format: Format) -> Markup:

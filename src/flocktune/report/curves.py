@@ -166,8 +166,18 @@ def _chart(
         return None
     said = "; ".join(f"{line.label}: {y_format(line.points[0][1])} to {y_format(line.points[-1][1])}" for line in lines)
     drawn = f"{note}, {title}" if note else title
-    picture = line_chart(lines, title=drawn, description=said, x_label="rounds done", y_format=y_format)
+    kept = _kept_round(experiment)
+    mark = (kept, "kept") if kept else None
+    said += f". Round {kept:g} was kept" if kept else ""
+    picture = line_chart(lines, title=drawn, description=said, x_label="rounds done", y_format=y_format, mark=mark)
     return Figure(title, picture, numbers_of_lines(lines, "rounds done", y_format), note)
+
+
+def _kept_round(experiment: Experiment) -> float | None:
+    """The round that is the main method's result, where rows chose it; of several seeds each has its own."""
+    runs = experiment.methods.get(main_method(experiment)) or []
+    chosen = runs[0].summary.get("choice") if len(runs) == 1 else None
+    return number(chosen.get("round")) if isinstance(chosen, Mapping) else None
 
 
 def _averaged(seeds: Sequence[Points]) -> tuple[Points, Sequence[tuple[float, float, float]]]:
