@@ -28,7 +28,8 @@ from flocktune.data.examples import Example
 from flocktune.errors import UserError
 from flocktune.exporting import export_result
 from flocktune.models.vllm_layout import max_lora_rank, vllm_problems
-from flocktune.report.card import OWNER, hub_id, shared_recipe
+from flocktune.report.card import OWNER, Export, hub_id, model_card, shared_recipe
+from flocktune.report.runs import load_experiment
 from flocktune.results import Tuned, answer_stream, open_result
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -198,6 +199,18 @@ def test_a_card_says_how_it_was_made_and_what_came_out(exports) -> None:
     assert re.search(r"epsilon [\d.]+ at delta 0\.001", private)
     assert "[owner/base](https://huggingface.co/owner/base)" in merged
     assert "| torch |" in merged
+
+
+def test_a_card_of_owners_and_of_sums_says_so(runs) -> None:
+    config = parse_recipe("aggregation: {weights: equal}\nsecure_aggregation: {}\nengine: {kind: flower}\n")
+    export = Export("fedit", config, None, merged=False, chat_template=False, rank=8, max_lora_rank=None)
+    card = model_card(export, load_experiment(runs["compared"]))
+    assert "Secure aggregation: yes." in card
+    assert "owners of data on machines of their own" in card
+    assert "simulated" not in card
+    assert "vllm serve" not in card, "vLLM would refuse it"
+    assert f"{OWNER} how to prompt it" in card
+    assert f"{OWNER} where the base model comes from" not in card, "it is the embedded one"
 
 
 def test_a_shared_recipe_keeps_settings_and_hub_names_only(tmp_path: Path, monkeypatch) -> None:
