@@ -69,7 +69,7 @@ def _what_left(experiment: Experiment) -> Glance | None:
     plain = sum(number(event.get("bytes_plain")) or 0.0 for event in run.rounds)
     share = f" ({100 * up / plain:.1f} % of their size in float32)" if up < 0.99 * plain else ""
     remarks = [
-        f"Changes of the adapter alone, no row of data: a mean client's{spread}.",
+        f"Changes of the adapter alone, no row of data; mean over the clients{spread}.",
         f"{answers} updates of {format_bytes(up / max(1, answers))}{share}.",
         *_guarantees(experiment, read_settings(run.recipe)),
     ]

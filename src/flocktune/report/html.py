@@ -18,7 +18,7 @@ from flocktune.report.page import render_page
 from flocktune.report.runs import Experiment, load_experiment
 from flocktune.report.samples import sample_answers
 from flocktune.report.styles import style_of
-from flocktune.report.summaries import datasets, method_label, number
+from flocktune.report.summaries import datasets, is_baseline, method_label, number
 from flocktune.report.tables import Grid, comparison_grid, scores_only
 from flocktune.report.taking_part import (
     client_grid,
@@ -175,8 +175,9 @@ def _split(experiment: Experiment) -> tuple[Figure, bool] | None:
 
 
 def _client_cost(experiment: Experiment) -> str:
-    labels = {key: method_label(key, summary) for key, summary in experiment.summaries.items()}
-    return emulator.client_cost(experiment.summaries, labels)
+    federated = {key: summary for key, summary in experiment.summaries.items() if not is_baseline(key)}
+    labels = {key: method_label(key, summary) for key, summary in federated.items()}
+    return emulator.client_cost(federated, labels)
 
 
 def _heterogeneity(experiment: Experiment) -> str:

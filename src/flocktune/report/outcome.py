@@ -96,7 +96,8 @@ def what_was_run(experiment: Experiment) -> str:
     runs = experiment.methods.get(key) or []
     label = method_label(key, experiment.summaries[key])
     start = runs[0].start if runs else {}
-    model = Path(str(start["model"])).name if start.get("model") else "a model"
+    named = Path(str(start.get("model") or "a model")).name
+    model = "the embedded model" if named == "embedded" else named
     clients, owners = start.get("clients") or {}, start.get("owners") or []
     people = len(clients) or len(owners)
     if not people:

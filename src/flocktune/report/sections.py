@@ -21,6 +21,9 @@ from flocktune.report.summaries import (
 )
 from flocktune.report.tables import Cell, Grid, score_cell
 
+_SMALL_SHARE = 0.1
+"""Where no bar is longer than this, tracks end here: it would not be seen on one that ends at 1."""
+
 
 def ladder(experiment: Experiment) -> Figure | None:
     """The headline metric of every method as a bar; one of a method alone would say nothing."""
@@ -104,4 +107,6 @@ def _figure(
 
 def _highest(bars: Sequence[Bar], name: str) -> float:
     reach = max(((bar.value or 0.0) + (bar.std or 0.0) for bar in bars), default=0.0)
-    return 1.0 if name in SHARES and reach > 0.5 else reach or 1.0
+    if name in SHARES:  # a bar that fills its track says all of it
+        return 1.0 if reach > _SMALL_SHARE else _SMALL_SHARE
+    return reach or 1.0
