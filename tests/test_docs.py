@@ -42,6 +42,7 @@ NOT_RUN = {
     r"docs/tutorials/data-owner.md python -c .*": "the guide's line, which test_federation_guide.py runs",
     r".* flocktune study recipes/study_fed\w+.yaml.*": "a quarter of an hour and more; every cell is checked here",
     r"docs/evaluation.md flocktune eval .* --task code .*": "HumanEval's own rows: its tests run it",
+    r"docs/evaluation.md flocktune eval .* --harness .*": "tasks' data come from a hub: its own tests have some",
     r".* flocktune playground .*": "stays until it is told to end: its own tests open it",
     r".* flocktune dashboard .*": "stays until it is told to end: its own tests open it",
     r".* (vllm|ollama|llama-server|docker) .*": "other makers' programs",
@@ -51,7 +52,9 @@ NOT_RUN = {
 STANDS_FOR = {
     "PATH/TO/MODEL": "embedded",
     "MODEL": "embedded",
+    "PATH/TO/SmolLM2-135M": "embedded",
     "PATH/TO/dolly-15k.jsonl": "notes.jsonl",
+    "PATH/TO/databricks-dolly-15k.jsonl": "notes.jsonl",
     "gsm8k-test.jsonl": "notes.jsonl",
     "URL": "$JUDGE_URL",
     "http://127.0.0.1:8000/v1": "$JUDGE_URL",
