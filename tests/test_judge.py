@@ -347,6 +347,18 @@ def test_one_question_that_gets_no_answer_does_not_stop_the_others(judge: Cli, t
     assert pair(tmp_path)["faults"] == {"no reply": 1}
 
 
+def test_failures_that_are_not_in_a_row_do_not_end_the_work(judge: Cli, tmp_path: Path) -> None:
+    ours_first = [("ab", "four"), ("cd", "ab"), ("abcdef", "abc")]
+
+    def every_other(body: Mapping[str, Any], number: int) -> Says:
+        return Says(status=500) if server.answers_in(body) in ours_first else GOOD
+
+    with serving(every_other) as script:
+        assert judge(script, "--tries", 1, "--concurrency", 1).code == 0
+    assert pair(tmp_path)["faults"] == {"no reply": 3}
+    assert pair(tmp_path)["questions"] == 0
+
+
 # --- cost, pace ------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from flocktune.evaluation.judge.verdicts import Verdict
 from flocktune.seeds import derive_seed
 
 RESAMPLES = 10_000
+_DRAWN_AT_ONCE = 1_000_000
 _NORMAL_975 = 1.959963984540054
 
 
@@ -93,10 +94,13 @@ def relative_interval(ours: Sequence[float], baseline: Sequence[float]) -> list[
         return None
     generator = np.random.default_rng(derive_seed(0, "judge", "bootstrap"))
     pairs = np.array([ours, baseline])  # 2 x Q
-    sums = np.empty((RESAMPLES, 2))
-    for row in range(RESAMPLES):
-        sums[row] = pairs[:, generator.integers(len(ours), size=len(ours))].sum(axis=1)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    at_once = max(1, _DRAWN_AT_ONCE // len(ours))
+    ratios = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, at_once):
+        rows = min(at_once, RESAMPLES - start)
+        sums = pairs[:, generator.integers(len(ours), size=(rows, len(ours)))].sum(axis=2)  # 2 x rows
+        ratios[start : start + rows] = sums[0] / sums[1]
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return [float(low), float(high)]
 
 
