@@ -162,6 +162,16 @@ def test_a_run_with_no_network_says_at_once_what_to_fetch_and_how(cli: Callable[
     assert not (tmp_path / "out").exists()
 
 
+def test_a_check_that_needs_the_hub_says_so_at_once(cli: Callable[..., Said], tmp_path: Path) -> None:
+    recipe = tmp_path / "unknown.yaml"
+    recipe.write_text("model: {path: somebody/unknown}\ndata: {train: flwrlabs/alpaca-gpt4}\n")
+    said = cli("check", recipe)
+    assert said.code == 2
+    flat = " ".join(said.err.split())
+    assert flat.count("error:") == 1  # of what is known nothing needs to be fetched
+    assert "model.path: expected somebody/unknown on this machine, or a network, got neither" in flat
+
+
 def test_with_a_network_only_files_that_are_not_on_the_hub_are_missed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

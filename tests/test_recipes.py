@@ -106,6 +106,12 @@ def test_every_recipe_passes_check_with_no_network(
     said = cli("check", path)
     assert said.code == 0, said.all
     assert " is sound" in said.out
+    both_ways = re.search(r"tokens, (?:at most )?(\S+ \S+) both ways", " ".join(said.out.split()))
+    row = next(
+        line for line in (ROOT / "docs/recipes.md").read_text().splitlines() if line.startswith(f"| `{path.name}`")
+    )
+    assert both_ways is not None
+    assert row.endswith(f"| {both_ways[1]} |")  # what the documentation says it costs
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)

@@ -28,7 +28,7 @@ from flocktune.gate import gate_digest
 from flocktune.interfaces import Transform
 from flocktune.models.known import stand_in
 from flocktune.models.load import load_skeleton, pick_device, quantization_settings
-from flocktune.outline import assumptions, outlined_instructions
+from flocktune.outline import assumptions, outlined_instructions, refuse_unreachable
 from flocktune.protection import client_privacy, refuse_unsecured, transforms_of
 from flocktune.report.trackers import refuse_missing
 from flocktune.scheduling import Cohort
@@ -129,6 +129,7 @@ def _looked_at(
     config: RunConfig,
 ) -> tuple[Counts, ClientRows, Callable[[int], Cohort], Sequence[Transform], torch.device]:
     """All that is counted in, with nothing wrong. Raises UserError naming every problem that was found."""
+    refuse_unreachable(config, but_known=True)
     problems: list[Problem | str] = []
 
     def attempt(step):  # type: ignore[no-untyped-def]

@@ -69,22 +69,25 @@ def assumptions(config: RunConfig) -> list[str]:
     return said
 
 
-def refuse_unreachable(config: RunConfig) -> None:
-    """Raise UserError naming everything that is not here and can not be fetched now, and how to get it."""
-    problems = list(_absent(config))
+def refuse_unreachable(config: RunConfig, *, but_known: bool = False) -> None:
+    """Raise UserError naming everything that is not here and can not be fetched now, and how to get it.
+
+    ``but_known``: not that for which something stands in.
+    """
+    problems = list(_absent(config, but_known))
     if any(on_hub for _, on_hub in problems) and hub_answers():
         problems = [one for one in problems if not one[1]]
     UserError.raise_all(problem for problem, _ in problems)
 
 
-def _absent(config: RunConfig) -> Iterator[tuple[Problem, bool]]:
+def _absent(config: RunConfig, but_known: bool) -> Iterator[tuple[Problem, bool]]:
     """What is not on this machine, and whether the hub has it."""
     path = config.model.path
-    if known_models.to_be_fetched(path):
+    if known_models.to_be_fetched(path) and not (but_known and known_models.stand_in(path)):
         fix = f"Where there is a network: {known_models.fetching(path)}; then model.path=FOLDER."
         yield Problem("model.path", f"{path} on this machine, or a network", "neither", fix), True
     for where, source in _sources(config).items():
-        if known_data.to_be_fetched(source):
+        if known_data.to_be_fetched(source) and not (but_known and known_data.stand_in(source)):
             on_hub = known_data.is_on_hub(source)
             then = f"; then {where}=FOLDER, or the file in it" if on_hub else ""
             fix = f"Where there is a network: {known_data.fetching(source)}{then}."
