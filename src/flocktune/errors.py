@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flocktune.types import Failure
 
@@ -23,6 +26,32 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.where}: expected {self.expected}, got {self.got}"
         return f"{text.removesuffix('.')}. {self.fix}" if self.fix else text
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in words, without the number and the path that Python puts around it."""
+    words = {
+        errno.EACCES: "no permission",
+        errno.EPERM: "no permission",
+        errno.ENOENT: "nothing there",
+        errno.ENOSPC: "no room left on the disk",
+        errno.EDQUOT: "no room left in your share of the disk",
+        errno.EFBIG: "a file that is too large for the disk, or for this shell's limit (ulimit -f)",
+        errno.EROFS: "a disk that can only be read",
+        errno.EISDIR: "a folder",
+        errno.ENOTDIR: "a file where a folder should be",
+    }
+    return words.get(error.errno or 0, error.strerror or str(error))
+
+
+def near(path: Path) -> str:
+    """``Did you mean ...?`` for the entry of the same folder whose name is like that of ``path``, else nothing."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, [name for name in names if name != path.name], n=1, cutoff=0.7)
+    return f"Did you mean {path.with_name(found[0])}?" if found else ""
 
 
 class FlocktuneError(Exception):

@@ -14,7 +14,7 @@ from flocktune.config.schema import Columns, EvaluationConfig, LoraConfig, Model
 from flocktune.data.encoding import encode_prompt
 from flocktune.data.examples import Example, Message
 from flocktune.emulation import compress, emulator_settings
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, near, reason
 from flocktune.evaluation.evaluate import Evaluation, evaluate
 from flocktune.evaluation.generate import stream_answer
 from flocktune.files import read_json
@@ -136,6 +136,7 @@ def find_run(path: Path, method: str | None = None) -> Path:
                 str(path),
                 f"a run's folder, or an adapter's with {CONFIG_FILE}",
                 "neither" if path.exists() else "nothing there",
+                near(path) or "Start a run with: flocktune run RECIPE",
             )
         )
     run = path
@@ -211,4 +212,4 @@ def compress_model(model: str, settings: Mapping[str, Any], public: str, to: Pat
         to.absolute().parent.mkdir(parents=True, exist_ok=True)
         return compress(build_config(tree), to)
     except OSError as error:
-        raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
+        raise UserError(Problem(str(to), "a folder that can be written", reason(error))) from None

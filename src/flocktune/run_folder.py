@@ -23,7 +23,7 @@ from torch import nn
 
 from flocktune.config.load import differences, dump_recipe, to_tree
 from flocktune.config.schema import RunConfig
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, reason
 from flocktune.files import exclusive, sync_folder, write_atomic, write_json
 from flocktune.models.bundle import Bundle, copy_bundle, read_bundle
 from flocktune.models.peft_io import export_peft
@@ -71,7 +71,8 @@ def create_run(config: RunConfig, folder: Path, seeds: Sequence[int] = ()) -> No
                 write_json(folder / EXPERIMENT, {"seeds": list(seeds)})
             write_atomic(folder / "recipe.yaml", dump_recipe(config))
     except OSError as error:
-        raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
+        fix = "Choose another: --out, or make room there."
+        raise UserError(Problem(str(folder), "a folder that can be written", reason(error), fix)) from None
 
 
 def write_adapter(folder: Path, adapter: Tensors, config: RunConfig, model: nn.Module, base: str | None = None) -> None:

@@ -19,7 +19,7 @@ from flocktune.config.load import config_digest, differences, load_recipe, to_tr
 from flocktune.config.schema import RunConfig
 from flocktune.config.study import Cell, Study
 from flocktune.emulation import emulator_settings, public_rows
-from flocktune.errors import FlocktuneError, Problem, UserError
+from flocktune.errors import FlocktuneError, Problem, UserError, reason
 from flocktune.files import exclusive, read_json, write_json
 from flocktune.models.bundle import read_bundle
 from flocktune.report.events import LOG_NAME, read_events_leniently
@@ -81,7 +81,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(Problem(str(folder), "a folder that can be written", str(error))) from None
+        raise UserError(Problem(str(folder), "a folder that can be written", reason(error))) from None
     if (folder / "recipe.yaml").exists():
         raise UserError(
             Problem(str(folder), "a new folder or a study's", "that of a run", "Choose another with --out.")

@@ -13,6 +13,11 @@ def embedded_model() -> Path:
     return _WORLD / "model"
 
 
+def embedded_manifest() -> Path:
+    """How the embedded world was made, and the sha256 of each of its files."""
+    return _WORLD / "MANIFEST.json"
+
+
 def embedded_data() -> Path:
     """The embedded instructions: JSONL with instruction, context, response, category, check."""
     return _WORLD / "instructions.jsonl"

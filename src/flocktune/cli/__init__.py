@@ -15,16 +15,29 @@ from flocktune.cli.common import app, escaped, problems
 
 # In --help's order.
 from flocktune.cli import preparing, running, evaluating, results, judging, trying, watching  # noqa: F401  # isort: skip
-from flocktune.cli import federation, federating, joining  # noqa: F401  # isort: skip
+from flocktune.cli import federation, federating, joining, doctor  # noqa: F401  # isort: skip
 
 
 @contextmanager
 def _polite_errors() -> Iterator[None]:
     """A user's mistake: every problem on stderr, exit code 2, no traceback. A failed round: exit code 1."""
-    from flocktune.errors import FlocktuneError, UserError
+    import click
+
+    from flocktune.errors import FlocktuneError, UserError, reason
 
     try:
         yield
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except click.ClickException as error:
+        from flocktune.cli.mistakes import in_our_voice
+
+        text = escaped(str(in_our_voice(error)))
+        problems.print(f"[red]error:[/] {text}", soft_wrap=True, highlight=False)
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise SystemExit(130) from None
     except UserError as error:
         for problem in error.problems:
             problems.print(f"[red]error:[/] {escaped(str(problem))}", soft_wrap=True, highlight=False)
@@ -33,9 +46,9 @@ def _polite_errors() -> Iterator[None]:
         problems.print(f"[red]failed:[/] {escaped(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
     except OSError as error:
-        problems.print(
-            f"[red]failed:[/] {escaped(str(error))}. What was saved before stands.", soft_wrap=True, highlight=False
-        )
+        where = error.filename or "disk"
+        text = escaped(f"{where}: {reason(error)}. What was saved before stands.")
+        problems.print(f"[red]failed:[/] {text}", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
 
 
@@ -47,4 +60,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     with _polite_errors():
-        app(prog_name="flocktune")
+        code = app(prog_name="flocktune", standalone_mode=False)  # errors come here, to be said in one voice
+    if isinstance(code, int) and code:
+        raise SystemExit(code)

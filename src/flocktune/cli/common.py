@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flocktune.cli.completing import methods, recipes, runs, settings
+
 app = typer.Typer(
     name="flocktune",
     help="Federated fine-tuning of large language models: the data never moves, only small adapters do.",
@@ -15,21 +17,48 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"flocktune {version('flocktune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """What stands before a verb."""
+
+
 console = Console()
 problems = Console(stderr=True)
 
-Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML). Write one with: flocktune init")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, for example local.lr=1e-3")]
-RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+Recipe = Annotated[Path, typer.Argument(autocompletion=recipes, help="A recipe (YAML). Write one with: flocktune init")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(autocompletion=settings, help="Settings to change: key=value, for example local.lr=1e-3"),
+]
+RunFolder = Annotated[Path, typer.Argument(autocompletion=runs, help="A run's folder.")]
+Result = Annotated[Path, typer.Argument(autocompletion=runs, help="A run's folder, or a PEFT adapter's.")]
+Method = Annotated[
+    str | None, typer.Option(autocompletion=methods, help="Which run of a comparison; default: its main one.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="One line a round instead of the live view.")]
 
 
 def existing_run(folder: Path) -> Path:
-    from flocktune.errors import Problem, UserError
+    from flocktune.errors import Problem, UserError, near
 
     if not (folder / "recipe.yaml").exists():
         got = "nothing there" if not folder.exists() else "a folder without recipe.yaml"
-        raise UserError(Problem(str(folder), "a run's folder", got, "Start one with: flocktune run RECIPE"))
+        fix = near(folder) or "Start one with: flocktune run RECIPE"
+        raise UserError(Problem(str(folder), "a run's folder", got, fix))
     return folder
 
 
@@ -55,4 +84,5 @@ def needs_extra(module: str, extra: str) -> None:
     from flocktune.errors import Problem, UserError
 
     if find_spec(module) is None:
-        raise UserError(Problem(module, "installed", "not found", f"pip install 'flocktune[{extra}]'"))
+        fix = f"Install it: pip install 'flocktune[{extra}]'. All extras: flocktune doctor"
+        raise UserError(Problem(module, f"the library, which is of the extra {extra}", "nothing installed", fix))

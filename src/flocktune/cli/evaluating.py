@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flocktune.cli.common import app, as_emulator, console, needs_extra, problems
+from flocktune.cli.common import Method, Result, app, as_emulator, console, needs_extra, problems
 
 if TYPE_CHECKING:
     from flocktune.config.schema import Columns, EvaluationConfig, RunConfig
@@ -27,11 +27,11 @@ _WARNING = (
 
 @app.command("eval")
 def evaluate_command(
-    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
+    result: Result,
     data: Annotated[
         str | None, typer.Option(help="Instructions to evaluate on; default: the run's held-out rows.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    method: Method = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="The most rows to evaluate; default: all.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
     model: Annotated[

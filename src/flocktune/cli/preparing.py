@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from flocktune.cli.common import Overrides, Recipe, app, console, escaped
+from flocktune.cli.completing import federated_methods
 
 
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("my-run.yaml"),
-    method: Annotated[str, typer.Option(help="The method the recipe is for: fedit or fedbiot.")] = "fedit",
+    method: Annotated[
+        str, typer.Option(autocompletion=federated_methods, help="The method the recipe is for: fedit or fedbiot.")
+    ] = "fedit",
 ) -> None:
     """Write a commented recipe to edit."""
     from flocktune.config.template import write_template

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from flocktune.cli.common import RunFolder, app, console, existing_run, problems
+from flocktune.cli.common import Method, Result, RunFolder, app, console, existing_run, problems
 
 
 @app.command()
 def generate(
-    result: Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")],
+    result: Result,
     prompt: Annotated[str | None, typer.Option(help="An instruction.")] = None,
     context: Annotated[str, typer.Option(help="Text the instruction is about.")] = "",
-    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    method: Method = None,
     base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -41,7 +41,7 @@ def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")] = False,
-    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    method: Method = None,
     base_name: Annotated[
         str | None,
         typer.Option(help="What the base is called elsewhere, such as its hub id; default: as the recipe has it."),
@@ -57,7 +57,7 @@ def export(
 @app.command()
 def memorisation(
     folder: RunFolder,
-    method: Annotated[str | None, typer.Option(help="Which run of a comparison; default: its main one.")] = None,
+    method: Method = None,
     max_rows: Annotated[int, typer.Option(min=2, help="The most rows of each kind that are looked at.")] = 1000,
     candidates: Annotated[int, typer.Option(min=1, help="Other secrets that a canary is compared with.")] = 511,
 ) -> None:

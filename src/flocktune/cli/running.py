@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flocktune.cli.common import Overrides, Quiet, Recipe, RunFolder, app, console, escaped, existing_run, problems
+from flocktune.cli.completing import recipes
 
 if TYPE_CHECKING:
     from flocktune.config.schema import RunConfig
@@ -45,7 +46,9 @@ def resume(folder: RunFolder, quiet: Quiet = False) -> None:
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="A study file (YAML), such as recipes/study_fedit.yaml.")],
+    file: Annotated[
+        Path, typer.Argument(autocompletion=recipes, help="A study file (YAML), such as recipes/study_fedit.yaml.")
+    ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The study's folder; default runs/<name of the study>.")] = None,
     seeds: Annotated[str | None, typer.Option(help="In place of the file's seeds, for example 0 or 0,1,2.")] = None,
@@ -117,10 +120,10 @@ def _stopped(again: str) -> int:
 
 
 def _not_written(folder: Path, error: OSError, again: str) -> str:
-    from flocktune.errors import Problem
+    from flocktune.errors import Problem, reason
 
     fix = f"Every saved round stands. Mend it, make room, then: {again}"
-    return str(Problem(str(folder), "a disk that takes what the run writes", str(error), fix))
+    return str(Problem(str(folder), "a disk that takes what the run writes", reason(error), fix))
 
 
 def _seeds(text: str | None, config: RunConfig) -> tuple[int, ...]:

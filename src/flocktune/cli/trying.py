@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flocktune.cli.common import app, as_emulator, console, needs_extra
+from flocktune.cli.common import Result, app, as_emulator, console, needs_extra
 
-Result = Annotated[Path, typer.Argument(help="A run's folder, or a PEFT adapter's.")]
 Against = Annotated[
     str | None, typer.Option(help="Set a second answer beside it: 'base', another run's folder or an adapter's.")
 ]

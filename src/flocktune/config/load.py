@@ -22,7 +22,7 @@ from flocktune.config.mistakes import explain
 from flocktune.config.privacy_rules import privacy_problems
 from flocktune.config.schema import RunConfig
 from flocktune.config.task_rules import task_problems
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, near, reason
 
 NOT_PART_OF_THE_RESULT = ("name", "engine", "runtime", "checkpoint", "trackers", "compare")
 """Top-level keys that may change between a run and its resumption."""
@@ -50,8 +50,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        got = "nothing there" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(Problem(str(path), "a recipe (YAML text)", got, fix)) from None
+        got = reason(error) if isinstance(error, OSError) else f"bytes that are no text ({error.reason})"
+        meant = near(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(Problem(str(path), "a recipe (YAML text)", got, meant or fix)) from None
     if not text.strip():  # most likely a copy that failed: its defaults are not what was meant
         raise UserError(Problem(str(path), "a recipe (YAML text)", "an empty file", fix))
     return parse_recipe(text, overrides, where=str(path))
@@ -69,10 +70,18 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_Loader) or {}
     except yaml.YAMLError as error:
-        raise UserError(Problem(where, "YAML", " ".join(str(error).split()))) from None
+        raise UserError(_no_yaml(where, error)) from None
     if not isinstance(tree, dict):
         raise UserError(Problem(where, "a mapping of settings", f"a {type(tree).__name__}"))
     return tree
+
+
+def _no_yaml(where: str, error: yaml.YAMLError) -> Problem:
+    fix = "Look for brackets, quotes and indentation there."
+    mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "what can not be read"
+    if mark is None:
+        return Problem(where, "YAML", " ".join(str(error).split()), fix)
+    return Problem(f"{where}:{mark.line + 1}", "YAML", f"a mistake in column {mark.column + 1} ({said})", fix)
 
 
 def build_config(tree: Mapping[str, Any], problems: Sequence[Problem] = ()) -> RunConfig:

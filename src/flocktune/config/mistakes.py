@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -27,7 +28,9 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
         context = item.get("ctx", {})
         match item["type"]:
             case "unexpected_keyword_argument" | "extra_forbidden":
-                problem = Problem(where, "a known setting", "an unknown one", _suggest(path, known))
+                problem = Problem(
+                    where, "a known setting", "an unknown one", _of_kind(item["loc"]) or _suggest(path, known)
+                )
             case "union_tag_not_found":
                 problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
             case "union_tag_invalid":
@@ -42,13 +45,51 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
                 if isinstance(item.get("input"), list) and len(item["input"]) >= context["min_length"]:
                     continue  # they are there, and what is wrong with them is said of each
                 problem = Problem(where, f"at least {context['min_length']} of them", got)
+            case "literal_error":
+                problem = Problem(where, _wanted(item), got, _nearest_value(item))
             case _:
-                wanted = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-                problem = Problem(where, wanted, got)
+                problem = Problem(where, _wanted(item), got)
         if where in merged:
             problem = dataclasses.replace(problem, expected=f"{merged[where].expected}, or {problem.expected}")
         merged[where] = problem
     return list(merged.values())
+
+
+_WORDS = {
+    "greater than or equal to ": "at least ",
+    "less than or equal to ": "at most ",
+    "greater than ": "more than ",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+}
+"""How pydantic's messages begin -> how ours do."""
+
+
+def _wanted(item: Any) -> str:
+    wanted = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    for theirs, ours in _WORDS.items():
+        if wanted.startswith(theirs):
+            return ours + wanted.removeprefix(theirs)
+    return wanted
+
+
+def _nearest_value(item: Any) -> str:
+    """Of a setting with few values, the one that was most likely meant."""
+    values = re.findall(r"'([^']*)'", item["msg"])
+    near = difflib.get_close_matches(str(item.get("input")), values, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _of_kind(location: Sequence[Any]) -> str:
+    """For a key that a kind does not have: the kind's own settings, of which one was meant."""
+    *_, kind, key = ("", *location)
+    fields = [name for part in _PARTS_OF.get(kind, ()) for name in get_type_hints(part) if name != "kind"]
+    near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Settings of kind {kind}: {', '.join(dict.fromkeys(fields))}." if fields else ""
 
 
 def _is_union_member(part: Any) -> bool:
@@ -74,14 +115,23 @@ def _keys(part: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(inner, f"{prefix}{name}.")
 
 
-_KINDS = frozenset(
-    tag
-    for part in vars(schema).values()
-    if dataclasses.is_dataclass(part) and "kind" in part.__annotations__
-    for tag in get_args(get_type_hints(part)["kind"])
-)
+_PARTS_OF: dict[str, list[type]] = {}
+"""A kind -> the parts of a recipe that are of it."""
+
+for _part in [part for part in vars(schema).values() if dataclasses.is_dataclass(part)]:
+    if isinstance(_part, type) and "kind" in _part.__annotations__:
+        for _tag in get_args(get_type_hints(_part)["kind"]):
+            _PARTS_OF.setdefault(_tag, []).append(_part)
+
+_KINDS = frozenset(_PARTS_OF)
 
 _KEYS = tuple(dict.fromkeys(_keys(RunConfig)))
+
+
+def settings_that_take_a_value() -> list[str]:
+    """All keys of a recipe, without those of groups: ``local.lr``, not ``local``."""
+    groups = {key.rpartition(".")[0] for key in _KEYS}
+    return [key for key in _KEYS if key not in groups]
 
 
 def _settings_of(path: Sequence[str]) -> str:

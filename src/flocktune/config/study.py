@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from flocktune.config.load import parse_recipe, parse_yaml
 from flocktune.config.mistakes import explain
 from flocktune.config.schema import CompareConfig, Count, RunConfig
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, reason
 
 EVERY_SETTING = "all"
 """In place of a setting's label: for a method of ``once``, and for all of them in a study without settings."""
@@ -143,7 +143,7 @@ def _read(path: Path, where: str, fix: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        got = f"nothing at {path}" if isinstance(error, FileNotFoundError) else str(error)
+        got = reason(error) if isinstance(error, OSError) else str(error)
         raise UserError(Problem(where, "a YAML file", got, fix)) from None
     if not text.strip():
         raise UserError(Problem(where, "a YAML file", "an empty file", fix))

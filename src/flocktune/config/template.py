@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, reason
 from flocktune.files import write_atomic
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -27,7 +27,7 @@ def write_template(path: Path, method: str) -> None:
             path, source.read_text(encoding="utf-8").replace("name: my-run ", f"name: {_name(path.stem):<6} ", 1)
         )
     except OSError as error:
-        raise UserError(Problem(str(path), "a path that can be written", str(error))) from None
+        raise UserError(Problem(str(path), "a path that can be written", reason(error))) from None
 
 
 def _name(stem: str) -> str:

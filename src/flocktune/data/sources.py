@@ -20,7 +20,7 @@ from flocktune.assets import embedded_data, embedded_public
 from flocktune.config.schema import EMBEDDED, EMBEDDED_PREFERENCES, EMBEDDED_PUBLIC, Columns
 from flocktune.data.examples import Example, to_examples
 from flocktune.data.preferences import preference_rows
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, near, reason
 from flocktune.files import sha256_path
 
 Rows: TypeAlias = "Iterator[tuple[str, Mapping[str, Any] | Problem]]"
@@ -46,7 +46,7 @@ def read_examples(source: str, columns: Columns, *, max_rows: int | None = None)
             left = None if max_rows is None else max_rows - len(examples)
             examples += to_examples(islice(rows, left), columns, client=client)
     except OSError as error:
-        raise UserError(Problem(source, "a readable file", str(error))) from None
+        raise UserError(Problem(source, "a readable file", reason(error))) from None
     if not examples:
         raise UserError(Problem(source, "at least one row", "none: it is empty"))
     return examples
@@ -90,6 +90,7 @@ def locate(source: str) -> tuple[Path | None, str | None]:
             f"a file ({', '.join(SUFFIXES)}), a folder, a hub id, {EMBEDDED!r}, {EMBEDDED_PREFERENCES!r},"
             f" or {EMBEDDED_PUBLIC!r}",
             "nothing there",
+            near(Path(source)),
         )
     )
 
