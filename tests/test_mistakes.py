@@ -184,7 +184,6 @@ def test_tab_offers_verbs_options_runs_recipes_and_settings(
     assert any("resume" in line for line in offered("fish", "flocktune res", cli, monkeypatch))
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_loads_the_script_and_asks_the_program(tmp_path: Path) -> None:
     program = tmp_path / "flocktune"
     program.write_text('#!/bin/sh\n[ "$_FLOCKTUNE_COMPLETE" = complete_bash ] && echo "$COMP_WORDS at $COMP_CWORD"\n')

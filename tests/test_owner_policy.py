@@ -80,8 +80,8 @@ def test_every_problem_of_a_file_is_in_one_message(tmp_path: Path) -> None:
         'max_rounds: expected integer, got "3"',
         "require: expected 'none', 'differential_privacy' or 'secure_aggregation'",
         "hours: expected a text like",
-        "max_rank: expected greater than or equal to 1",
-        "clip_norm: expected greater than 0",
+        "max_rank: expected at least 1",
+        "clip_norm: expected more than 0",
         "tensors: expected",
     ):
         assert words in message, f"{words!r} not in\n{message}"

@@ -149,7 +149,7 @@ claims:
         'methods: expected labels that differ in a letter or digit, for they name folders, got "Wide" and "wide!"',
         'methods: expected labels of up to 60 characters, a letter or digit among them, got "???"',
         "settings: expected labels other than all",
-        "methods.Bad (with S, all).lora.rank: expected greater",
+        "methods.Bad (with S, all).lora.rank: expected at least",
         "settings.S.lora.alpha: expected",
         "once.0: expected one of the methods Alone, Wide",
         "claims.0: expected two different methods",
@@ -168,7 +168,7 @@ def test_keys_and_files_that_are_not_there_are_named(cli: Cli, world: World, tmp
                   "claims.0.metric: expected 'checked'"):  # fmt: skip
         assert words in said, said
     missing = problems(write(tmp_path, world, "name: a\nrecipe: gone.yaml\nmethods: {A: {}}\nonce: [B]"))
-    assert "recipe: expected a YAML file, got nothing at" in missing
+    assert "recipe: expected a YAML file, got nothing there (" in missing
     assert "once.0" in missing
     said_by = cli("study", tmp_path / "gone.yaml")
     assert said_by.code == 2

@@ -36,7 +36,7 @@ def reason(error: OSError) -> str:
         errno.ENOENT: "nothing there",
         errno.ENOSPC: "no room left on the disk",
         errno.EDQUOT: "no room left in your share of the disk",
-        errno.EFBIG: "a file that is too large for the disk, or for this shell's limit (ulimit -f)",
+        errno.EFBIG: "a file too large for the disk, or for this shell's limit (ulimit -f)",
         errno.EROFS: "a disk that can only be read",
         errno.EISDIR: "a folder",
         errno.ENOTDIR: "a file where a folder should be",

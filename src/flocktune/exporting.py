@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from flocktune.config.load import load_recipe
 from flocktune.data.chat_template import served_template
 from flocktune.data.modelfile import modelfile
-from flocktune.errors import Problem, UserError
+from flocktune.errors import Problem, UserError, reason
 from flocktune.files import read_json, write_atomic, write_json
 from flocktune.models.load import load_tokenizer, quietly
 from flocktune.models.peft_io import CONFIG_FILE
@@ -49,7 +49,11 @@ def export_result(
         _write_card(path, method, to, merged, base_name, templated)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
-        raise UserError(Problem(str(to), "a folder that can be written", str(error))) from None
+        raise UserError(
+            Problem(
+                str(to), "a folder that can be written", reason(error) if isinstance(error, OSError) else str(error)
+            )
+        ) from None
     return to
 
 

@@ -29,7 +29,7 @@ def explain(errors: Sequence[Any], known: Sequence[str] = ()) -> list[Problem]:
         match item["type"]:
             case "unexpected_keyword_argument" | "extra_forbidden":
                 problem = Problem(
-                    where, "a known setting", "an unknown one", _of_kind(item["loc"]) or _suggest(path, known)
+                    where, "a known setting", "an unknown one", _of_kind(item["loc"], path) or _suggest(path, known)
                 )
             case "union_tag_not_found":
                 problem = Problem(f"{where}.kind", "a value", "nothing", "Each kind has settings of its own.")
@@ -63,6 +63,7 @@ _WORDS = {
     "integer": "a whole number",
     "number": "a number",
     "string": "a text",
+    "array": "a list",
 }
 """How pydantic's messages begin -> how ours do."""
 
@@ -82,13 +83,13 @@ def _nearest_value(item: Any) -> str:
     return f"Did you mean {near[0]}?" if near else ""
 
 
-def _of_kind(location: Sequence[Any]) -> str:
+def _of_kind(location: Sequence[Any], path: Sequence[str]) -> str:
     """For a key that a kind does not have: the kind's own settings, of which one was meant."""
     *_, kind, key = ("", *location)
     fields = [name for part in _PARTS_OF.get(kind, ()) for name in get_type_hints(part) if name != "kind"]
     near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
     if near:
-        return f"Did you mean {near[0]}?"
+        return f"Did you mean {'.'.join([*path[:-1], near[0]])}?"
     return f"Settings of kind {kind}: {', '.join(dict.fromkeys(fields))}." if fields else ""
 
 

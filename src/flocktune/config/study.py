@@ -143,7 +143,7 @@ def _read(path: Path, where: str, fix: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        got = reason(error) if isinstance(error, OSError) else str(error)
+        got = f"{reason(error)} ({path})" if isinstance(error, OSError) else str(error)
         raise UserError(Problem(where, "a YAML file", got, fix)) from None
     if not text.strip():
         raise UserError(Problem(where, "a YAML file", "an empty file", fix))
