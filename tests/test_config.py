@@ -68,7 +68,7 @@ def test_every_problem_is_in_one_message() -> None:
     )
     for words in (
         "locl: expected a known setting, got an unknown one. Did you mean local?",
-        'local.steps: expected integer, got "5"',
+        'local.steps: expected a whole number, got "5"',
         "local.lr: expected more than 0, got -1",
         "local.foo: expected a known setting",
         "allocation.kind: expected one of 'iid', 'by_category', 'dirichlet'",

@@ -57,7 +57,7 @@ def refused(said: Said, *words: str, code: int = 2) -> None:
 RECIPES = {
     "unknown key": ("lorra.rank=2", ["lorra: expected a known setting, got an unknown one", "Did you mean lora"]),
     "unknown inner key": ("local.learning_rate=1e-3", ["local.learning_rate: expected a known setting"]),
-    "wrong type": ("rounds=many", ['rounds: expected integer, got "many"']),
+    "wrong type": ("rounds=many", ['rounds: expected a whole number, got "many"']),
     "out of range": ("local.lr=-1", ["local.lr: expected more than 0, got -1"]),
     "no number": ("local.lr=.nan", ["local.lr"]),
     "no value": ("local.lr", ["local.lr: expected an override key=value, got no '='"]),

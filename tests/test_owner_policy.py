@@ -77,7 +77,7 @@ def test_every_problem_of_a_file_is_in_one_message(tmp_path: Path) -> None:
         "method: expected a known setting, got an unknown one. Did you mean methods?",
         "methods.0: expected 'fedit' or 'fedbiot', got \"fedavg\"",
         "models.0: expected a text like",
-        'max_rounds: expected integer, got "3"',
+        'max_rounds: expected a whole number, got "3"',
         "require: expected 'none', 'differential_privacy' or 'secure_aggregation'",
         "hours: expected a text like",
         "max_rank: expected at least 1",

@@ -276,7 +276,7 @@ WRONG: dict[str, tuple[Callable[[Scene], Parcel], str]] = {
     ),
     "recipe of wrong types": (
         lambda s: with_recipe(s, lambda tree: tree["local"].update(steps="2")),
-        "local.steps: expected integer",
+        "local.steps: expected a whole number",
     ),
     "recipe with numbers that are none": (
         lambda s: with_recipe(s, lambda tree: tree["local"].update(lr=10**400)),
