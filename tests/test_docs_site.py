@@ -103,6 +103,7 @@ def test_the_python_reference_has_the_public_names(site: Path) -> None:
     import flocktune
 
     text = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    assert not re.search(r":\w+:<code>", text)
     for name in flocktune.__all__:
         assert re.search(rf'id="flocktune\.[\w.]*\b{name}"', text), name
 

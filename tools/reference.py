@@ -82,6 +82,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Docstrings' roles (``:func:``) are for Sphinx; here what they mark is code."""
+    return re.sub(r":(?:func|mod|class|data|meth):(?=<code>)", "", html)
+
+
 # --- recipes ---------------------------------------------------------------------------------------
 
 
