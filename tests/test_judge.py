@@ -316,12 +316,14 @@ def test_what_is_no_verdict_is_asked_again_then_counted(judge: Cli, tmp_path: Pa
 
 def test_a_request_that_is_refused_later_counts_and_is_asked_anew(judge: Cli, tmp_path: Path) -> None:
     long = Says(status=400, body=b'{"error": {"message": "context too long"}}')
-    with serving(in_turn([GOOD, long])) as script:
+    with serving(lambda body, number: long if number in (1, VERDICTS) else GOOD) as script:
+        for run in range(2):
+            assert judge(script, "--concurrency", 1).code == 0, "alone in the second run, it is no reason to end"
+            assert pair(tmp_path)["faults"] == {"rejected": 1}
+            assert kept(tmp_path) == VERDICTS - 1
+            assert len(script.requests) == VERDICTS + run
         assert judge(script, "--concurrency", 1).code == 0
-        assert pair(tmp_path)["faults"] == {"rejected": 1}
-        assert kept(tmp_path) == VERDICTS - 1
-        assert judge(script, "--concurrency", 1).code == 0
-        assert len(script.requests) == VERDICTS + 1
+        assert len(script.requests) == VERDICTS + 2
     assert pair(tmp_path)["faults"] == {}
 
 
