@@ -22,6 +22,7 @@ NAMES = (
     "lora_step",
     "stacked",
     "packing",
+    "generation",
     "alternative",
     "aggregate",
     "client_cost",

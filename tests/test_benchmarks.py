@@ -74,6 +74,18 @@ def test_overhead_compares_the_same_work(measured: Any) -> None:
     assert "not judged" in page
 
 
+def test_generation_answers_alike_in_every_way(measured: Any) -> None:
+    result, _ = measured("generation")
+    assert min(result["values"]["same"].values()) == 1.0
+    assert [row[0] for row in result["rows"]][-1] == "without a cache"
+
+
+def test_generation_refuses_other_answers(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = importlib.import_module("benchmarks.generation")
+    monkeypatch.setattr(generation, "_without_cache", lambda model, tokenizer, prompts, new: [[] for _ in prompts])
+    measured("generation", fails="do not answer alike")
+
+
 def test_overhead_refuses_other_work(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     overhead = importlib.import_module("benchmarks.overhead")
     monkeypatch.setattr(overhead, "bare_loop", lambda fed, plan: fed.start)
