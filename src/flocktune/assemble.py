@@ -282,7 +282,8 @@ def check_context(
     if config.evaluation.generate and any(rows.examples for rows in held_out):
         prompt_room(model, config.evaluation.max_new_tokens)
     for rows in held_out:
-        refuse_rows(rows.examples, config.evaluation)
+        if rows.digest:  # what stands in for rows that are not here has none, and no answers
+            refuse_rows(rows.examples, config.evaluation)
 
 
 def refuse_leaks(config: RunConfig, base: Base) -> None:
