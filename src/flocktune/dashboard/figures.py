@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,14 @@ _ACTIVITIES = ("load", "data", "align", "forward and backward", "aggregate", "di
 
 
 @dataclass(frozen=True)
+class Learning:
+    """Curves over rounds: of the run as a whole, and by category of its held-out rows."""
+
+    whole: Sequence[Figure] = ()
+    categories: Sequence[Figure] = ()
+
+
+@dataclass(frozen=True)
 class Clients:
     """The table of clients; ``left_out`` of them are not in it."""
 
@@ -37,7 +45,7 @@ class Clients:
     left_out: int
 
 
-def learning(seen: Seen, told: Told) -> list[Figure]:
+def learning(seen: Seen, told: Told) -> Learning:
     """Losses and scores over rounds, by category too."""
     places = sorted(told.rounds)
     every = -(-len(places) // _POINTS) if places else 1
@@ -58,7 +66,7 @@ def learning(seen: Seen, told: Told) -> list[Figure]:
         notes=[],
     )
     experiment = Experiment(seen.place.folder, {key: [run]}, {key: seen.summary}, "")
-    return [*curves(experiment), *category_curves(experiment), *health(experiment)]
+    return Learning([*curves(experiment), *health(experiment)], category_curves(experiment))
 
 
 def by_category(summary: Mapping[str, Any]) -> Grid | None:

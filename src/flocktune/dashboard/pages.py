@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flocktune.dashboard.figures import by_category, learning, participation, told_of_clients, where_time_went
+from flocktune.dashboard.figures import Learning, by_category, learning, participation, told_of_clients, where_time_went
 from flocktune.dashboard.filling import address, digest, fill
 from flocktune.dashboard.logs import FAILURES_KEPT, Told, held_out
 from flocktune.dashboard.watching import Seen, Watch
@@ -120,7 +120,7 @@ def one_run(watch: Watch, path: str) -> Page | None:
         "told": told,
         "described": _described(row, told),
         "tiles": drawn("The numbers", lambda: _tiles(seen, told, row.score)) or [],
-        "figures": drawn("The curves", lambda: learning(seen, told)) or [],
+        "figures": drawn("The curves", lambda: learning(seen, told)) or Learning(),
         "categories": drawn("The categories", lambda: by_category(seen.summary)),
         "grid": drawn("Who took part", lambda: participation(told)),
         "clients": drawn("The clients", lambda: told_of_clients(told)),

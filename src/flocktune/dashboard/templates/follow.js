@@ -12,13 +12,18 @@ function spoken(seconds) {
   return minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
 }
 
+// As coarse as an estimate is.
+function coarse(seconds) {
+  return seconds < 90 ? `${Math.ceil(seconds / 10) * 10} s` : spoken(Math.ceil(seconds / 60) * 60).replace(/ 0 s$/, "");
+}
+
 function tellTime() {
   const now = Date.now() / 1000;
   for (const time of document.querySelectorAll("time[data-ago]")) {
     time.textContent = `${spoken(now - time.dataset.ago)} ago`;
   }
   for (const time of document.querySelectorAll("time[data-until]")) {
-    time.textContent = time.dataset.until > now + 1 ? `about ${spoken(time.dataset.until - now)} left` : "nearly done";
+    time.textContent = time.dataset.until > now + 1 ? `about ${coarse(time.dataset.until - now)} left` : "nearly done";
   }
 }
 
