@@ -275,6 +275,21 @@ def test_numbers_on_a_runs_page(runs: Path) -> None:
     assert "<b>disk</b>" not in page
 
 
+def test_rows_that_choose_are_called_so(runs: Path) -> None:
+    folder = fake_run(runs / "one")
+    said = {"event": "choice", "said": "the result is round 2 of 10, the best by loss on the validation rows (1.500)"}
+    events = [*log_of(3)[:-1], evaluation_event(3, dataset="validation"), said]
+    (folder / "metrics.jsonl").write_bytes(as_lines(events))
+    page = browse(runs).get("/run/one").text
+    assert "<h2>Validation rows, by category</h2>" in page
+    assert "<h3>Validation rows</h3><b>25.0 %</b>" in page
+    assert "Of its rounds, the result is round 2 of 10" in page
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(as_lines([evaluation_event(3)]))
+    page = browse(runs).get("/run/one").text
+    assert "<h2>Held-out rows, by category</h2>" in page
+
+
 def test_a_single_run_has_no_list(runs: Path) -> None:
     client = browse(fake_run(runs / "one"))
     assert client.get("/").headers["location"] == "/run/"

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flocktune.dashboard.logs import Told, held_out
+from flocktune.dashboard.logs import Told, scored_on
 from flocktune.dashboard.watching import Seen
 from flocktune.report.charts import Bar, bar_panel
 from flocktune.report.curves import category_curves, health
@@ -71,7 +71,7 @@ def learning(seen: Seen, told: Told) -> Learning:
 
 def by_category(summary: Mapping[str, Any]) -> Grid | None:
     """The newest scores on held-out rows: a row a category, and one of all."""
-    dataset = held_out(summary)
+    dataset = scored_on(summary)
     scores = (summary.get("metrics") or {}).get(dataset) or {}
     overall = scores.get("overall") or {}
     names = [name for name in METRIC_NAMES if number(overall.get(name)) is not None]

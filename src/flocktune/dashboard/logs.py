@@ -73,7 +73,7 @@ class Told:
 
     ``failures``: the newest (round from 0, client, reason); ``failed`` counts them all. ``paces``: seconds from round
     to round, with what lies between them; ``since_s``: when the round at hand began; ``newest_s``: when the last event
-    was. ``unread``: lines that make no sense.
+    was. ``choice``: which round is the result, and why; empty for the last. ``unread``: lines that make no sense.
     """
 
     start: Event = field(default_factory=dict)
@@ -86,6 +86,7 @@ class Told:
     bytes_up: float = 0.0
     bytes_down: float = 0.0
     resumed: int = 0
+    choice: str = ""
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_PACES))
     since_s: float | None = None
     newest_s: float | None = None
@@ -134,6 +135,8 @@ class Told:
             case "evaluation":
                 self.evaluations.append(event)
                 self._spent("evaluate", event.get("seconds"))
+            case "choice":
+                self.choice = str(event["said"])
             case "round":
                 self._round(event)
                 if time_s is not None and self.since_s is not None:
@@ -225,7 +228,12 @@ class Log:
                 return self.told
 
 
-def held_out(summary: Summary) -> str | None:
-    """The data set that a run's scores are of."""
+def scored_on(summary: Summary) -> str | None:
+    """The data set that a run's scores are of: rows that chose nothing, if it was tried on them by now."""
     names = list(summary.get("metrics") or {})
     return "held_out" if "held_out" in names else next(iter(names), None)
+
+
+def rows_called(dataset: str) -> str:
+    """How the rows of a data set are called on the page."""
+    return {"held_out": "held-out rows", "validation": "validation rows"}.get(dataset, dataset.replace("_", " "))

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from flocktune.dashboard.figures import Learning, by_category, learning, participation, told_of_clients, where_time_went
 from flocktune.dashboard.filling import address, digest, fill
-from flocktune.dashboard.logs import FAILURES_KEPT, Told, held_out
+from flocktune.dashboard.logs import FAILURES_KEPT, Told, rows_called, scored_on
 from flocktune.dashboard.watching import Seen, Watch
 from flocktune.report.grids import legend
 from flocktune.report.summaries import (
@@ -121,6 +121,7 @@ def one_run(watch: Watch, path: str) -> Page | None:
         "described": _described(row, told),
         "tiles": drawn("The numbers", lambda: _tiles(seen, told, row.score)) or [],
         "figures": drawn("The curves", lambda: learning(seen, told)) or Learning(),
+        "rows": drawn("The rows", lambda: rows_called(scored_on(seen.summary) or "held_out")) or "",
         "categories": drawn("The categories", lambda: by_category(seen.summary)),
         "grid": drawn("Who took part", lambda: participation(told)),
         "clients": drawn("The clients", lambda: told_of_clients(told)),
@@ -165,7 +166,7 @@ def _row(seen: Seen) -> Row:
         id=f"run-{digest(path)}",
         glyph=STATES[seen.state],
         progress=f"{seen.done}/{'?' if seen.planned is None else seen.planned}",
-        score=" ".join(_score(summary)) or NOTHING,
+        score=" ".join(_score(summary)[:2]) or NOTHING,
         sent=format_bytes(travelled(method, summary, "bytes_up")),
         find=f"{path} {label} {seen.state}".lower(),
     )
@@ -175,17 +176,17 @@ def _method(seen: Seen) -> str:
     return str(seen.summary.get("method") or "")
 
 
-def _score(summary: Mapping[str, Any]) -> tuple[str, str] | tuple[()]:
-    """The headline metric and its name."""
+def _score(summary: Mapping[str, Any]) -> tuple[str, str, str] | tuple[()]:
+    """The headline metric, its name, and the rows that it is of."""
     try:
-        dataset = held_out(summary)
+        dataset = scored_on(summary)
         name = headline_metric({"": summary}, dataset) if dataset else None
     except (TypeError, AttributeError):  # a damaged summary can hold anything
         return ()
     if dataset is None or name is None:
         return ()
     figure = format_metric(name, metric(summary, dataset, name)) + (" %" if name in SHARES else "")
-    return figure, METRIC_NAMES[name].lower()
+    return figure, METRIC_NAMES[name].lower(), rows_called(dataset)
 
 
 def _tiles(seen: Seen, told: Told, score: str) -> list[tuple[str, str, list[str]]]:
@@ -198,7 +199,7 @@ def _tiles(seen: Seen, told: Told, score: str) -> list[tuple[str, str, list[str]
     if loss is not None:
         found.append(("Training loss", f"{loss:.3f}", ["in the last round"]))
     if figures := _score(summary):
-        found.append(("Held-out rows", figures[0], [figures[1]]))
+        found.append((figures[2].capitalize(), figures[0], [figures[1]]))
     if not is_baseline(_method(seen)):
         clients = len(told.start.get("clients") or told.start.get("owners") or told.clients)
         asked = sum(len(client.asked) for client in told.clients.values())
