@@ -392,7 +392,7 @@ def test_every_answer_keeps_the_browser_to_itself(runs: Path) -> None:
     fake_run(runs / "one", finished=True)
     client = browse(runs)
     answers = [client.get(address) for address in ("/", "/run/one", "/nowhere", "/style.css", "/live")]
-    answers += [client.get("/", headers={"Host": "evil.example"}), client.post("/")]
+    answers += [client.get("/", headers={"Host": "evil.example"}), client.post("/nowhere")]
     assert [answer.status_code for answer in answers] == [200, 200, 404, 200, 200, 421, 405]
     for answer in answers:
         assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -411,7 +411,10 @@ def test_a_damaged_run_has_a_page_all_the_same(runs: Path, monkeypatch: pytest.M
     folder, draw = fake_run(runs / "one"), random.Random(0)
     client = browse(runs)
     junk: list[Any] = [None, [], {}, "x", -1, 1e308, True, {"a": None}, [[]], "<script>alert(1)</script>"]
-    for _ in range(150):
+    for name, value in (("one", 5), ("one", [1]), ("one", {"held_out": 1})):
+        (runs / name / "summary.json").write_text(json.dumps({"rounds": 3, "metrics": value}))
+        assert client.get("/").status_code == client.get(f"/run/{name}").status_code == 200, value
+    for _ in range(100):
         events = json.loads(json.dumps(log_of(3)))
         for _ in range(3):
             holder = draw.choice(events)
@@ -424,7 +427,9 @@ def test_a_damaged_run_has_a_page_all_the_same(runs: Path, monkeypatch: pytest.M
         for name in ("summary.json", "ended.json"):
             (folder / name).unlink(missing_ok=True)
             if draw.random() < 0.3:
-                (folder / name).write_text(json.dumps(draw.choice([*junk, {"rounds": "many", "metrics": [1]}])))
+                (folder / name).write_text(
+                    json.dumps(draw.choice([*junk, {"rounds": "many", "metrics": draw.choice(junk)}]))
+                )
         for address in ("/", "/run/one", "/live/run/one"):
             answer = client.get(address)
             assert answer.status_code == 200, events
