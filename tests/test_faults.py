@@ -186,7 +186,7 @@ def test_a_model_that_is_not_whole_is_named(cli: Cli, world: World, tmp_path: Pa
 
 def test_a_missing_model_is_named(cli: Cli, world: World) -> None:
     refused(cli("check", world.recipe, "model.path=/no/model"), "model.path: expected a model folder", "'/no/model'")
-    refused(cli("check", world.recipe, "model.path=nobody/nothing"), "model.path: expected ", "'nobody/nothing'")
+    refused(cli("check", world.recipe, "model.path=nobody/nothing"), "model.path: expected ", "nobody/nothing")
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def test_an_export_to_a_full_disk_leaves_no_half_a_model(
         (disk / "filler").write_bytes(bytes(free_bytes(disk) - 4096))
         said = cli("export", finished, "--to", disk / "out", *(["--merged"] if merged else []))
         refused(said, f"{disk / 'out'}: expected a folder that can be written")
-        assert "No space left" in said.err
+        assert "no room left" in said.err or "No space left" in said.err  # the second is safetensors' own
         assert not (disk / "out").exists()
 
 
