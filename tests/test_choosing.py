@@ -270,6 +270,24 @@ def test_killed_around_any_checkpoint_it_decides_the_same(
             assert adapter(folder, "emulator_adapter") == adapter(whole, "emulator_adapter")
 
 
+def test_killed_while_it_ends_it_looks_at_the_result_once_more_and_says_so_once(
+    world: World, tmp_path: Path, scripted: Callable[[Path, Sequence[float]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*arguments: Any) -> None:
+        raise Killed
+
+    folder = begun(world, tmp_path / "run", "evaluation.patience=1")
+    scripted(folder, [3.0, 2.0, 2.5])
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_json", kill)
+        with pytest.raises(Killed):
+            execute(folder)
+    assert len(events(folder, "run_end")) == 1
+    assert execute(folder)["choice"]["round"] == 2
+    assert len(events(folder, "evaluation", "held_out")) == 1
+    assert [len(events(folder, kind)) for kind in ("choice", "run_end", "round")] == [1, 1, 3]
+
+
 def test_the_emulators_part_is_of_the_best_round_too(
     world: World, tmp_path: Path, scripted: Callable[[Path, Sequence[float]], None]
 ) -> None:
