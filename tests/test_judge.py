@@ -443,6 +443,7 @@ def test_another_machine_is_asked_with_leave_only(judge: Cli) -> None:
     secret = judge("http://me:secret@judge.example/v1")
     assert secret.code == 2
     assert "secret" not in secret.all
+    assert "one with a name or password in it" in secret.err
     assert judge("judge.example").code == 2
     assert "--questions beside it" in judge("https://judge.example/v1", "--max-new-tokens", 5).err
 
