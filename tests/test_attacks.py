@@ -208,8 +208,8 @@ def test_attacks_are_simulations_only(config: RunConfig) -> None:
 def test_settings_are_checked(world: World) -> None:
     for text, problem in {
         "{kind: backdoor, target: x}": r"attack\.trigger: expected a value",
-        "{kind: sign_flip, factor: 0}": r"attack\.factor: expected greater than 0",
-        "{kind: label_flip, clients: 1.0}": r"attack\.clients: expected less than 1, or array, got 1\.0",
+        "{kind: sign_flip, factor: 0}": r"attack\.factor: expected more than 0",
+        "{kind: label_flip, clients: 1.0}": r"attack\.clients: expected less than 1, or a list, got 1\.0",
     }.items():
         with pytest.raises(UserError, match=problem):
             load_recipe(world.recipe, [f"attack={text}"])

@@ -650,9 +650,9 @@ def test_baselines_send_nothing_and_compress_nothing(config: RunConfig) -> None:
     ("text", "words"),
     [
         ("compression: {format: int3}", "compression.format: expected 'float32', 'bf16', 'int8' or 'int4'"),
-        ("compression: {block: 0}", "compression.block: expected greater than or equal to 1"),
-        ("compression: {top_k: 0}", "compression.top_k: expected greater than 0"),
-        ("compression: {zstd: 23}", "compression.zstd: expected less than or equal to 22"),
+        ("compression: {block: 0}", "compression.block: expected at least 1"),
+        ("compression: {top_k: 0}", "compression.top_k: expected more than 0"),
+        ("compression: {zstd: 23}", "compression.zstd: expected at most 22"),
         ("compression: {blocks: 3}", "Did you mean"),
     ],
 )
