@@ -6,7 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """Its address, served as ``python -m http.server`` does."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def pages_in(nav: Any) -> list[str]:
@@ -117,11 +131,11 @@ def test_the_owners_tutorial_names_keys_of_a_policy() -> None:
 
 @pytest.mark.needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_site_opens_from_a_file(site: Path, open_page: Opener, scheme: str) -> None:
-    """Without a server: pages, the palette that the system asks for, no page wider than a phone's, and the search."""
-    page = open_page(site / "index.html", WIDE, scheme)
+def test_the_site_as_it_is_served(served: str, open_page: Opener, scheme: str) -> None:
+    """The palette that the system asks for, no page wider than a phone's, and the search."""
+    page = open_page(f"{served}/index.html", WIDE, scheme)
     assert page.locator("body").get_attribute("data-md-color-scheme") == {"light": "default", "dark": "slate"}[scheme]
-    phone = open_page(site / "reference" / "recipe.html", PHONE, scheme)
+    phone = open_page(f"{served}/reference/recipe.html", PHONE, scheme)
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
     page.keyboard.press("/")
     page.keyboard.type("proximal")

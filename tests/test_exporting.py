@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -241,6 +242,17 @@ def test_what_is_a_hubs_name(tmp_path: Path, monkeypatch) -> None:
     assert hub_id("owner/name:test") == "owner/name"
     for local in ("mine/model", "data/rows.jsonl", "/a/b", "~/b", "./b", "a/b/c", "embedded", "C:\\a/b"):
         assert hub_id(local) is None
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_export_can_be_read_by_whom_the_umask_lets(runs, tmp_path: Path, merged: bool) -> None:
+    """It is served under another account, often; safetensors are written for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        export_result(runs["compared"], None, tmp_path / "export", merged=merged)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()} == {0o640}
 
 
 def test_an_export_never_overwrites_and_leaves_nothing_half(runs, tmp_path: Path, monkeypatch) -> None:

@@ -33,8 +33,9 @@ from flocktune.engine.rounds import Hooks, run_rounds
 from flocktune.errors import UserError
 from flocktune.estimate import estimate
 from flocktune.interfaces import Memory, State
-from flocktune.models.factors import cut, fitted, fresh, pairs, rank_in, sides, trained_in
-from flocktune.models.lora import Adapter, attach
+from flocktune.models.factors import B_SUFFIX, cut, fitted, fresh, pairs, rank_in, sides, trained_in
+from flocktune.models.load import load_skeleton
+from flocktune.models.lora import Adapter, attach, shapes
 from flocktune.models.lora_module import scale
 from flocktune.models.peft_io import export_peft, folded, import_peft
 from flocktune.results import open_result
@@ -635,6 +636,19 @@ def test_the_estimate_counts_a_rules_bytes(apart: Path, tmp_path: Path, rule: st
         messages = 4 * 3
         assert 0 < counted - 4 * told < messages * 4096, "headers alone"
     assert costs.trainable_parameters == summary["trainable_parameters"]
+
+
+def test_the_estimate_counts_what_a_rule_trains(world: World) -> None:
+    """FFA never trains A; RoLoRA trains both, one a round."""
+    told = {rule: estimate(load_recipe(world.recipe, [f"aggregation.rule={rule}"])) for rule in RULES}
+    config = load_recipe(world.recipe)
+    made = shapes(load_skeleton(config.model), config.lora)
+    whole, of_b = (
+        sum(math.prod(shape) for name, shape in made.items() if name.endswith(end)) for end in ("", B_SUFFIX)
+    )
+    for rule, costs in told.items():
+        assert costs.trainable_parameters == (of_b if rule == "ffa_lora" else whole)
+        assert costs.alternating == (rule == "rolora")
 
 
 def test_a_run_from_given_factors_tells_them_to_clients(apart: Path, tmp_path: Path) -> None:

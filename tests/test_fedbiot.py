@@ -699,7 +699,7 @@ def test_compress_eval_and_export(deep: World, finished: Path, cli: Cli, tmp_pat
     for name, dataset in (("full", "held_out"), ("emulator", "held_out_emulator")):
         said = cli("eval", finished, "--as", name, "--json", tmp_path / f"{name}.json")
         assert said.code == 0, said.all
-        assert json.loads((tmp_path / f"{name}.json").read_text()) == summary["metrics"][dataset]
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == {"task": "text", **summary["metrics"][dataset]}
     assert cli("eval", finished, "--as", "other").code == 2
     assert cli("export", finished, "--to", tmp_path / "peft").code == 0
     assert (tmp_path / "peft/adapter_model.safetensors").read_bytes() == (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from flocktune.algorithms.factors import sharing_of
 from flocktune.algorithms.local import steps_per_round
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.allocation import ClientRows, allocate_clients, client_data
@@ -44,6 +45,7 @@ class Estimate:
     With compression ``round_bytes_up`` is of encoded updates; ``up_at_most``: zstd may make less of it. Memory is a
     rough upper figure, said to be an estimate: ``memory_bytes`` is of one process that holds everything and trains
     ``at_once`` clients together, ``client_memory_bytes`` of a client alone, ``client_weight_bytes`` of its model alone.
+    ``alternating``: a round trains only one of an adapter's two factors.
     ``recompute``: gradient checkpointing, as the recipe says or as this machine needs it. ``assumed``: a text for
     each thing that is not on this machine, for which what is known of it stands in, with the command that gets it on a
     line of its own; tokens and memory are upper bounds then.
@@ -52,6 +54,7 @@ class Estimate:
     rounds: int
     base_parameters: int
     trainable_parameters: int
+    alternating: bool
     clients: int
     cohort: int
     at_once: int
@@ -101,7 +104,8 @@ def estimate(config: RunConfig) -> Estimate:
     return Estimate(
         rounds=config.rounds,
         base_parameters=base.parameters,
-        trainable_parameters=trainable,
+        trainable_parameters=_learnt(config, counts),
+        alternating=sharing_of(config).rule == "rolora",
         clients=len(sizes),
         cohort=cohort,
         at_once=at_once,
@@ -123,6 +127,12 @@ def estimate(config: RunConfig) -> Estimate:
         privacy=_planned_privacy(config, data),
         assumed=tuple(assumed),
     )
+
+
+def _learnt(config: RunConfig, counts: Counts) -> int:
+    """Numbers that clients train: of an adapter's factors not all, with some rules."""
+    ends = sharing_of(config).learnt
+    return sum(value.numel() for name, value in counts.trained.items() if name.endswith(ends))
 
 
 def _looked_at(

@@ -12,7 +12,7 @@ from flocktune.config.load import load_recipe
 from flocktune.data.chat_template import served_template
 from flocktune.data.modelfile import modelfile
 from flocktune.errors import Problem, UserError, reason
-from flocktune.files import read_json, write_atomic, write_json
+from flocktune.files import open_to_readers, read_json, write_atomic, write_json
 from flocktune.models.load import load_tokenizer, quietly
 from flocktune.models.peft_io import CONFIG_FILE
 from flocktune.models.vllm_layout import max_lora_rank, vllm_problems
@@ -47,6 +47,7 @@ def export_result(
             write_adapter(to, tuned.adapter, tuned.config, tuned.base.model, base_name)
         templated = _write_tokenizer(tuned, to, merged=merged)
         _write_card(path, method, to, merged, base_name, templated)
+        open_to_readers(to)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(to, ignore_errors=True)  # it was new or empty; half a model must not be taken for one
         raise UserError(

@@ -39,6 +39,19 @@ def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview], m
     sync_folder(path.parent)
 
 
+def open_to_readers(folder: Path) -> None:
+    """Give a folder's files the rights of any new file here: libraries write weights for this account alone.
+
+    Raises OSError.
+    """
+    new = folder / f".{secrets.token_hex(4)}.tmp"
+    new.touch()  # asks the umask, which can not be read without changing it
+    mode = new.stat().st_mode & 0o777
+    new.unlink()
+    for file in folder.iterdir():
+        file.chmod(mode)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

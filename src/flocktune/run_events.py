@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flocktune.algorithms.factors import sharing_of
 from flocktune.algorithms.preferences import PREFERENCE_METRICS
 from flocktune.algorithms.private_rows import told_of_rows
 from flocktune.assemble import Assembly
@@ -80,7 +81,8 @@ def describe_emulator(bundle: Bundle) -> dict[str, Any]:
 def _trained(fed: Assembly) -> int:
     """Numbers in the adapter that clients train, without what lies beside it."""
     adapter = fed.server.result(fed.server.init(fed.start))
-    return sum(value.numel() for name, value in adapter.items() if not of_side(name))
+    ends = sharing_of(fed.config).learnt
+    return sum(value.numel() for name, value in adapter.items() if not of_side(name) and name.endswith(ends))
 
 
 def summarise(

@@ -62,6 +62,11 @@ class Sharing:
             case _:
                 return (A_SUFFIX, B_SUFFIX)
 
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """Endings of the factors that clients train in the course of a run, whether or not they come back."""
+        return (B_SUFFIX,) if self.rule == "ffa_lora" else (A_SUFFIX, B_SUFFIX)
+
 
 def combined(sharing: Sharing, updates: Iterable[Update], message: Tensors) -> Update:
     """Updates, changes of ``message``, -> one: the change of factors, and of a side adapter what is to be added to it.

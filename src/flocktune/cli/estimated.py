@@ -15,7 +15,8 @@ def estimate_table(costs: Estimate) -> Table:
     rows = {
         "base model": f"{costs.base_parameters:,} parameters, frozen",
         "trained": f"{costs.trainable_parameters:,} parameters "
-        f"({100 * costs.trainable_parameters / costs.base_parameters:.2f} %)",
+        f"({100 * costs.trainable_parameters / costs.base_parameters:.2f} %)"
+        + (", in each round one of an adapter's two factors" if costs.alternating else ""),
         "clients": f"{costs.clients}, {costs.cohort} a round"
         + (f", {costs.at_once} trained at once" if costs.at_once > 1 else ""),
         "rows": f"{costs.train_rows:,} to train on, {costs.test_rows:,} held out"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocktune.config.schema import ModelConfig
 from flocktune.errors import Problem, UserError
-from flocktune.files import read_json, sha256_bytes, sha256_file, sync_folder, write_json
+from flocktune.files import open_to_readers, read_json, sha256_bytes, sha256_file, sync_folder, write_json
 from flocktune.models.layers import drop_layers
 from flocktune.models.load import load_model, quietly
 from flocktune.models.split import SplitPlan, read_plan
@@ -64,6 +64,7 @@ def write_bundle(
         with quietly():
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+        open_to_readers(unfinished)
         _refuse_others(model, unfinished)
         files = sorted(file for file in unfinished.iterdir() if file.is_file())
         entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
