@@ -49,8 +49,8 @@ def test_the_best_is_named_with_what_differs(tmp_path: Path) -> None:
     compared = compare([low, high])
     assert not compared.obstacles
     assert in_words(compared) == (
-        "They differ in local.lr. high does best: Correct 50.0 %, 25.0 points from the next, low; one seed each, so "
-        "chance is not told apart."
+        "They differ in local.lr. high does best: Correct 50.0 %, 25.0 points from the next, low; without several "
+        "seeds of both, chance is not told apart."
     )
     write_compared([low, high], tmp_path / "new" / "page.html")
     text, page = check_page(tmp_path / "new" / "page.html")

@@ -589,7 +589,6 @@ def test_markup_in_names_is_escaped() -> None:
         grids.holdings({evil: {evil: 3}}),
         grids.participation({evil: grids.Participation(frozenset({0}), frozenset({1}), frozenset({2}))}, 3, title=evil),
         charts.bar_panel([charts.Bar(evil, 0.5, "m-0")], title=evil, description=evil, highest=1, value_format=str),
-        charts.stacked_bars([charts.Stack(evil, {evil: 1.0})], [evil], title=evil, description=evil, value_format=str),
         charts.line_chart(
             [charts.Line(evil, [(0, 1), (1, 2)], "m-0")], title=evil, description=evil, x_label=evil, y_format=str
         ),
@@ -727,7 +726,9 @@ def test_fedbiot_says_what_the_owner_and_a_client_gain(tmp_path: Path) -> None:
     said = f"{what_was_run(load_experiment(tmp_path))} {verdict(load_experiment(tmp_path))}"
     full, emulated = (summaries["fedbiot"]["metrics"][name]["overall"]["checked"] for name in
                       ("held_out", "held_out_emulator"))  # fmt: skip
-    assert said.startswith("10 clients tuned english-7m together by FedBiOT: 8 rounds")  # not FedIT, its upper bound
+    assert said.startswith(
+        "10 simulated clients tuned english-7m together by FedBiOT: 8 rounds"
+    )  # not FedIT, its upper bound
     for part in (
         f"(AdapFu) answers {full * 100:.1f} % of the held-out questions correctly",
         f"(AdapEmu), it gets to {emulated * 100:.1f} %.",
@@ -995,6 +996,16 @@ def test_what_left_each_client_is_measured_and_where_it_is_not_it_says_so(tmp_pa
         assert row[6].value == (0.5 * max(times) + 1 if times else None)
 
 
+def test_only_rows_of_owners_never_left_them(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", rounds=4, clients=2)
+    log = tmp_path / "run" / "metrics.jsonl"
+    assert what_was_run(load_experiment(log.parent)).startswith("2 simulated clients tuned english-7m together")
+    first, rest = log.read_text().split("\n", 1)
+    log.write_text(json.dumps({**json.loads(first), "clients": {}, "owners": ["a", "b"]}) + "\n" + rest)
+    said = "2 clients tuned english-7m together by FedIT: 4 rounds, on rows that never left them."
+    assert what_was_run(load_experiment(log.parent)) == said
+
+
 def test_the_run_at_a_glance(tmp_path: Path) -> None:
     write_run(tmp_path / "run", rounds=4)
     glances = {glance.heading: glance for glance in at_a_glance(load_experiment(tmp_path / "run"))}
@@ -1007,6 +1018,11 @@ def test_the_run_at_a_glance(tmp_path: Path) -> None:
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "secure_aggregation: {min_clients: 2}\n")
     _, left, cost = at_a_glance(load_experiment(tmp_path / "run"))
+    recipe.write_text(recipe.read_text().replace("secure_aggregation", "gate"))
+    assert at_a_glance(load_experiment(tmp_path / "run"))[1].remarks[-2:] == (
+        "Differential privacy: epsilon 3.1 at delta 1e-05.",
+        "No secure aggregation: the server saw every update.",
+    )
     assert left.remarks[-2:] == (
         "Differential privacy: epsilon 3.1 at delta 1e-05.",
         "Secure aggregation: the server saw sums, no single update.",

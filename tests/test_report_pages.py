@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,15 @@ from test_report import write_comparison, write_plugged, write_run
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+BROKEN = """[...new Set([...document.querySelectorAll("table.words :is(td, th)")].filter(cell => {
+  const words = document.createRange(), text = cell.firstChild;
+  return text?.data && [...text.data.matchAll(/\\S+/g)].some(({ 0: word, index }) => {
+    words.setStart(text, index); words.setEnd(text, index + word.length);
+    return new Set([...words.getClientRects()].map(one => one.top)).size > 1 && !/-/.test(word);
+  });
+}).map(cell => cell.closest("table").tHead?.rows[0].cells[cell.cellIndex].textContent ?? ""))]"""
+"""Headings of the columns in which a word is broken, elsewhere than at a hyphen."""
+
 pytestmark = pytest.mark.needs_chromium
 
 
@@ -26,6 +36,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_plugged(folder / "emulator")
     write_run(folder / "killed", done=7, checked=False)
     compared = folder / "compared.html"
+    with (folder / "killed" / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"aggregation: {{rule: {'much to say ' * 20}}}\n")
     write_compared([folder / "methods", folder / "killed"], compared)
     held = {f"client-{n}": {"poem": n, "riddle": 40 - n} for n in range(40)}
     return {
@@ -48,6 +60,31 @@ def test_a_page_has_no_flaws_light_or_dark_wide_or_narrow_folded_or_not(
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
     assert flaws(page) == []
     assert pages[name].stat().st_size < 350_000
+
+
+def test_words_of_strangers_stay_words_and_in_the_window(tmp_path: Path, open_page: Opener) -> None:
+    write_run(tmp_path / "run", rounds=2)
+    log, evil = tmp_path / "run" / "metrics.jsonl", "<script> window.ran = true </script> <img src=x>"
+    log.write_text(
+        log.read_text()
+        .replace("the connection was lost", f"{evil} {'x' * 300}")
+        .replace('"failures": []', f'"failures": [{{"client": "client-1", "reason": "{evil} {"x" * 300}"}}]')
+        .replace("client-1", f"client-1 {evil}")
+        .replace("dolly, uneven", evil)
+    )
+    path = write_report(tmp_path / "run")
+    path.write_text(re.sub("<meta http-equiv[^>]*>", "", path.read_text()))  # the policy alone would hide a mistake
+    page = open_page(path, size=PHONE)
+    page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    assert flaws(page) == []
+    assert page.evaluate("[window.ran ?? null, document.querySelectorAll('main script, img').length]") == [None, 0]
+    assert page.evaluate(BROKEN) == ["Reason"], "only what has no end is broken within a word"
+
+
+def test_settings_side_by_side_are_not_broken_within_a_word(pages: dict[str, Path], open_page: Opener) -> None:
+    page = open_page(pages["compared"], size=PHONE)
+    assert page.locator("table.settings td").count() >= 4
+    assert page.evaluate(BROKEN) == []
 
 
 def test_flaws_are_found(tmp_path: Path, open_page: Opener) -> None:

@@ -22,6 +22,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="What every random draw follows from.")] = 0,
 ) -> None:
     """One answer, for scripts. To talk to the result: flocktune chat."""
+    from flocktune.cli.talking import printable
     from flocktune.errors import Problem, UserError
     from flocktune.results import answer_stream, open_result
 
@@ -31,7 +32,7 @@ def generate(
         )
     tuned = open_result(result, method, base)
     for piece in answer_stream(tuned, prompt, context, max_new_tokens, temperature, seed):
-        console.file.write(piece)
+        console.file.write(printable(piece) if console.is_terminal else piece)  # a script gets every letter
         console.file.flush()
     console.print()
 

@@ -49,7 +49,9 @@ def converse(sides: Sequence[Side], settings: Settings, console: Console) -> Non
     with suppress(ImportError):  # arrow keys and earlier lines, in memory only
         import readline  # noqa: F401
     talk = Talk(settings, said={side.name: [] for side in sides})
-    console.print(Text(" and ".join(side.name for side in sides), style="bold"), Text("/help, /quit", style="dim"))
+    console.print(
+        Text(printable(" and ".join(side.name for side in sides)), style="bold"), Text("/help, /quit", style="dim")
+    )
     for line in _lines(console):
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
@@ -143,11 +145,11 @@ def _shown(answers: dict[str, str], wide: bool) -> RenderableType:
     if wide:
         for _ in answers:
             table.add_column(ratio=1, overflow="fold")
-        table.add_row(*(Text(name, style="bold cyan") for name in answers))
+        table.add_row(*(Text(printable(name), style="bold cyan") for name in answers))
         table.add_row(*(Text(printable(text)) for text in answers.values()))
         return table
     for name, text in answers.items():
-        table.add_row(Text(name, style="bold cyan"))
+        table.add_row(Text(printable(name), style="bold cyan"))
         table.add_row(Text(printable(text)))
     return table
 

@@ -1,4 +1,4 @@
-"""Charts as pure functions from numbers to SVG: lines, bars, stacked bars.
+"""Charts as pure functions from numbers to SVG: lines and bars.
 
 A series has a ``style``: a CSS class of the page that gives its colour. Colour never stands alone: lines
 also differ in their dashes and carry their name at their end, bars carry name and value.
@@ -39,14 +39,6 @@ class Bar:
     value: float | None
     style: str
     std: float | None = None
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One bar made of parts: name -> amount."""
-
-    label: str
-    parts: dict[str, float]
 
 
 def line_chart(
@@ -120,28 +112,6 @@ def bar_panel(
     return drawing(width, len(bars) * row + 2, title, description, *drawn)
 
 
-def stacked_bars(
-    stacks: Sequence[Stack], parts: Sequence[str], *, title: str, description: str, value_format: Format
-) -> Markup:
-    """Horizontal bars, one below the other on one scale, each cut into its parts; the total at its end."""
-    row, left, width, top = 30.0, 150.0, 1040.0, 30.0
-    totals = [sum(stack.parts.values()) for stack in stacks]
-    to_length = linear(0, max(totals, default=1.0) or 1.0, 0, width - left - 90)
-    drawn = [_key(parts, left)]
-    for place, (stack, total) in enumerate(zip(stacks, totals, strict=True)):
-        y, x = top + place * row, left
-        drawn.append(text(left - 10, y + 16, clipped(stack.label, 22), class_="name", text_anchor="end"))
-        for number, part in enumerate(parts):
-            length = to_length(stack.parts.get(part, 0.0))
-            if length > 0:
-                note = tag("title", f"{stack.label}, {part}: {value_format(stack.parts[part])}")
-                shown = max(0.4, length - 1.5)  # a gap parts neighbours whatever their colours
-                drawn.append(tag("rect", note, x=x, y=y, width=shown, height=22, class_=f"part-{number % 8} fill"))
-                x += length
-        drawn.append(text(x + 8, y + 16, value_format(total), class_="value"))
-    return drawing(width, top + len(stacks) * row, title, description, *drawn)
-
-
 def _axes(
     box: Box, to_x: Scale, to_y: Scale, levels: Sequence[float], steps: Sequence[float], x_label: str, y_format: Format
 ) -> Markup:
@@ -189,17 +159,8 @@ def _end_label(line: Line, box: Box, end: float, place: float) -> Markup:
     return tag(
         "g",
         tag("path", d=f"M{box.right + 4:.1f} {end:.1f}L{box.right + 14:.1f} {place:.1f}", class_="leader"),
-        text(box.right + 18, place + 4, clipped(line.label, 19), class_=f"{line.style} label"),
+        text(box.right + 18, place + 4, clipped(line.label, 17), class_=f"{line.style} label"),
     )
-
-
-def _key(parts: Sequence[str], left: float) -> Markup:
-    drawn, x = [], left
-    for number, part in enumerate(parts):
-        drawn.append(tag("rect", x=x, y=4, width=12, height=12, class_=f"part-{number % 8} fill"))
-        drawn.append(text(x + 18, 14, part, class_="tick"))
-        x += 36 + 7.2 * len(part)
-    return tag("g", *drawn)
 
 
 def _whole(values: Sequence[float]) -> list[float]:

@@ -135,7 +135,7 @@ def _best(compared: Compared) -> str:
     far = f"{gap * 100:.1f} points" if name in SHARES else f"{gap:.3f}"
     said = f"{first} does best: {METRIC_NAMES[name]} {spoken(name, best)}, {far} from the next, {next_one}"
     if best.std is None or second.std is None:
-        return f"{said}; one seed each, so chance is not told apart."
+        return f"{said}; without several seeds of both, chance is not told apart."
     spread = math.hypot(best.std, second.std)
     return f"{said}, {'within' if gap <= spread else 'beyond'} the spread of their seeds."
 

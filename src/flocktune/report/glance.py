@@ -79,11 +79,16 @@ def _what_left(experiment: Experiment) -> Glance | None:
 def _guarantees(experiment: Experiment, settings: Mapping[str, Any]) -> list[str]:
     """What protects the clients, or that nothing does."""
     told = experiment.summaries[main_method(experiment)].get("privacy")
-    epsilon = isinstance(told, Mapping) and told.get("said")
-    found = [f"Differential privacy: {told['said']}."] if isinstance(told, Mapping) and epsilon else []
-    if settings.get("secure_aggregation"):
-        found.append("Secure aggregation: the server saw sums, no single update.")
-    return found or ["No differential privacy and no secure aggregation: the server saw every update as it was."]
+    private = isinstance(told, Mapping) and told.get("said")
+    secure = settings.get("secure_aggregation")
+    if not private and not secure:
+        return ["No differential privacy and no secure aggregation: the server saw every update as it was."]
+    return [
+        f"Differential privacy: {private}." if private else "No differential privacy.",
+        "Secure aggregation: the server saw sums, no single update."
+        if secure
+        else "No secure aggregation: the server saw every update.",
+    ]
 
 
 def _cost(experiment: Experiment) -> Glance | None:

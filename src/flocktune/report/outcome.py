@@ -112,9 +112,10 @@ def what_was_run(experiment: Experiment) -> str:
         return f"{label}: {model} as it comes, without tuning."
     if is_baseline(key):
         return f"{label}: {rounds} of tuning {model}{seeds}."
-    stayed = ", which never left them" if rows else ""
+    # Who held all rows in one place can not claim that they stayed where they were.
+    who, stayed = ("client", ", on rows that never left them") if owners else ("simulated client", "")
     plural = "" if people == 1 else "s"
-    return f"{people} client{plural} tuned {model} together by {label}: {rounds}{rows}{stayed}{seeds}."
+    return f"{people} {who}{plural} tuned {model} together by {label}: {rounds}{rows}{stayed}{seeds}."
 
 
 def verdict(experiment: Experiment) -> str:

@@ -19,7 +19,7 @@ from flwr.superlink.grid import HttpGrid
 
 from flocktune.engine.flower.messages import MESSAGE_TYPE, NODE_UNAVAILABLE, content_of, parcel_of
 from flocktune.engine.flower.objects import Arriving, BrokenOff
-from flocktune.engine.parcels import LinkDown, Lost, Parcel
+from flocktune.engine.parcels import LinkDown, Lost, Parcel, shown
 from flocktune.errors import UpdateRefused
 
 CLOCKS_APART_S = 900.0
@@ -99,7 +99,7 @@ def _reply_of(message: Message) -> Parcel | Lost:
         error = message.error
         if error.code == NODE_UNAVAILABLE:
             return Lost("the connection was lost", again=True)
-        return Lost(f"Flower's error {error.code}: {str(error.reason)[:500]}")
+        return Lost(shown(f"Flower's error {error.code}: {error.reason}"))
     return parcel_of(message)
 
 
