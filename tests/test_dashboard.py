@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import socket
@@ -166,6 +167,10 @@ def test_runs_are_found_with_what_they_belong_to(runs: Path, tmp_path: Path) -> 
     fake_run(tmp_path / "outside")
     (runs / "link").symlink_to(tmp_path / "outside")
     (runs / "loop").symlink_to(runs)
+    os.mkfifo(fake_run(runs / "pipe") / "summary.json")
+    (fake_run(runs / "linked") / "ended.json").symlink_to(tmp_path / "outside" / "metrics.jsonl")
+    fake_run(runs / "odd" / "run")
+    os.mkfifo(runs / "odd" / "study.json")
     (runs / "recipe.yaml").write_text("name: mine\n")  # somebody keeps a recipe beside the runs
     found = find_runs(runs)
     assert {path: (place.group.kind, place.group.path) for path, place in found.runs.items()} == {
@@ -174,6 +179,7 @@ def test_runs_are_found_with_what_they_belong_to(runs: Path, tmp_path: Path) -> 
         "comparison/seed-0/fedit": ("comparison", "comparison"),
         "study/FedIT/all/seed-0": ("study", "study"),
         "fed/runs/first": ("federation", "fed"),
+        "odd/run": ("folder", "odd"),
     }
     assert found.whole
     assert list(find_runs(runs / "alone").runs) == [""]
@@ -340,6 +346,7 @@ def test_only_what_changed_is_sent_as_changed(runs: Path, monkeypatch: pytest.Mo
         "/style.css/../answers.jsonl",
         "/templates/layout.html",
         "/report/linked",
+        "/report/inner",
     ],
 )
 def test_nothing_else_is_served(runs: Path, address: str) -> None:
@@ -347,6 +354,8 @@ def test_nothing_else_is_served(runs: Path, address: str) -> None:
     fake_run(runs.parent / "secret", finished=True)
     linked = fake_run(runs / "linked")
     (linked / "report.html").symlink_to(runs.parent / "secret" / "answers.jsonl")
+    inner = fake_run(runs / "inner")
+    (inner / "report.html").symlink_to("answers.jsonl")
     answer = browse(runs).get(address)
     assert answer.status_code == 404
     assert SECRET not in answer.text

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Literal
 
 from flocktune.report.events import LOG_NAME
-from flocktune.standing import EXPERIMENT
+from flocktune.standing import ENDED, EXPERIMENT
 
 Kind = Literal["folder", "comparison", "study", "federation"]
 
 MOST_FOLDERS, _DEPTH = 20_000, 8
 """So many are looked at, so deep: somebody may give the root of a disk."""
 
+_READ = {
+    LOG_NAME,
+    EXPERIMENT,
+    ENDED,
+    "summary.json",
+    "recipe.yaml",
+    ".lock",
+    "study.json",
+    "inputs.json",
+    "federation.json",
+}
+"""Files that are read, or asked for their lock."""
 _PAGES = {"comparison": "report.html", "study": "study.html"}
 
 
@@ -56,7 +68,7 @@ class Found:
 
 
 def find_runs(root: Path) -> Found:
-    """Every run at or below ``root``. Links to folders are not followed; what can not be read is left out."""
+    """Every run at or below ``root``. Links are not followed; what can not be read is left out."""
     seen = 0
 
     def walk(folder: Path, path: str, above: Group, depth: int) -> Iterator[Place]:
@@ -66,7 +78,11 @@ def find_runs(root: Path) -> Found:
             return
         try:
             with os.scandir(folder) as entries:
-                names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+                found = list(entries)
+            names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in found}
+            if any(entry.name in _READ and not entry.is_file(follow_symlinks=False) for entry in found):
+                # A link would lead elsewhere, and reading a pipe would never end: only folders below are looked at.
+                names = {name: True for name, is_folder in names.items() if is_folder and name not in _READ}
         except OSError:  # gone meanwhile, or not ours to read
             return
         if _is_run(names):

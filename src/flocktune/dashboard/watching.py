@@ -112,11 +112,11 @@ class Watch:
             return self._see(place), told
 
     def page(self, path: str) -> Path | None:
-        """The report of a run or a group, if it is written and lies where it belongs."""
+        """The report of a run or a group, if it is written, and no link to something else."""
         found = self.found()
         place = found.runs.get(path) or found.groups.get(path)
         page = place.page if place else None
-        if page is None or not page.is_file() or not page.resolve().is_relative_to(self.root.resolve()):
+        if page is None or page.is_symlink() or not page.is_file():  # a link may lead to what is not to be shown
             return None
         return page
 
