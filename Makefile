@@ -2,7 +2,7 @@
 # make demo    FedIT and its baselines on the embedded default: no network, CPU, under five minutes
 # make study   the tables of the papers in small: recipes/study_*.yaml, over three seeds; goes on where it was stopped
 # make test    all tests
-# make docs    the documentation as a site in build/site; python3 -m http.server -d build/site serves it, its search too
+# make docs    the documentation as a site in build/site; its search needs a server: python3 -m http.server -d build/site
 # make bench   every benchmark, its goal and its floor; all of it in runs/benchmarks.json too. For a quiet machine
 # make test-federation   a real federation through faults of every kind, half an hour: as root, on Linux, with nginx
 SHELL := /bin/bash
