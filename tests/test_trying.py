@@ -164,6 +164,19 @@ def test_what_a_model_writes_does_not_steer_the_terminal() -> None:
     assert talking.printable("a\x1b[2Jb\r\tc\nd\x07\u202e日") == "a[2Jb\tc\nd日"
 
 
+@pytest.mark.parametrize(("terminal", "seen"), [(True, "a[2Jb"), (False, "a\x1b[2Jb")])
+def test_one_answer_steers_no_terminal_and_is_whole_in_a_script(
+    runs: tuple[Path, Path], monkeypatch, terminal: bool, seen: str
+) -> None:
+    from flocktune.cli import results as verbs
+
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    monkeypatch.setattr(verbs, "console", console)
+    monkeypatch.setattr("flocktune.results.answer_stream", lambda *_: iter(["a\x1b[2J", "b"]))
+    verbs.generate(runs[0], prompt="x")
+    assert console.file.getvalue().strip() == seen
+
+
 def converse(sides, lines, monkeypatch, width: int = 80, settings: Settings = SHORT) -> str:
     """What a person at a terminal sees who types ``lines``, then Ctrl-D."""
     waiting = iter([*lines, EOFError])
@@ -218,7 +231,7 @@ def test_the_page_is_this_machines_alone_and_shows_no_files(page_address) -> Non
     import socket
     from urllib.error import HTTPError
     from urllib.parse import urlsplit
-    from urllib.request import urlopen
+    from urllib.request import Request, urlopen
 
     address, _ = page_address
     assert urlsplit(address).hostname == "127.0.0.1"
@@ -229,6 +242,8 @@ def test_the_page_is_this_machines_alone_and_shows_no_files(page_address) -> Non
     for path in ("/etc/hostname", "pyproject.toml", "../README.md"):
         with pytest.raises(HTTPError, match=r"40[34]"):
             urlopen(f"{address}gradio_api/file={path}")
+    with pytest.raises(HTTPError, match="400"):  # a name that its owner lets point here
+        urlopen(Request(address, headers={"Host": "evil.example"}))
     told = urlopen(f"{address}config").read().decode()
     assert '"analytics_enabled":false' in told.replace(" ", "")
     assert '"share_url":null' in told.replace(" ", "") or "share_url" not in told

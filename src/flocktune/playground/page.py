@@ -61,6 +61,8 @@ def serving(
     """Inside, the page is at the address given. ``port`` 0 is any free one. Raises UserError when it is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     import gradio
+    from fastapi.middleware import Middleware
+    from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
     page = _page(gradio, sides, settings, _own_prompts(sides) if prompts is None else prompts)
     try:
@@ -76,6 +78,8 @@ def serving(
             footer_links=[],
             theme=gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             css=_LAYOUT,
+            # Else a page from elsewhere, whose name its owner lets point here, could ask in its reader's browser.
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])]},
         )
         yield f"http://{HOST}:{page.server_port}/"
     finally:
