@@ -12,7 +12,7 @@ import pytest
 from conftest import Said, World, dolly_rows, write_rows
 from flocktune import looking, runs
 from flocktune.allocation import allocate_clients
-from flocktune.choosing import Standing, choice, ends_early, judged
+from flocktune.choosing import Progress, choice, ends_early, progress_by
 from flocktune.config.evaluation import EvaluationConfig
 from flocktune.config.load import load_recipe, parse_recipe
 from flocktune.errors import UserError
@@ -89,26 +89,26 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[float]
 def test_the_best_round_and_how_long_there_was_no_gain(
     values: list[float | None], min_delta: float, best: int | None, waited: int
 ) -> None:
-    less = judged(list(enumerate(values, start=1)), more_is_better=False, min_delta=min_delta)
+    less = progress_by(list(enumerate(values, start=1)), more_is_better=False, min_delta=min_delta)
     assert (less.best, less.waited) == (best, waited)
     turned = [(done, value if value is None else -value) for done, value in enumerate(values, start=1)]
-    more = judged(turned, more_is_better=True, min_delta=min_delta)
+    more = progress_by(turned, more_is_better=True, min_delta=min_delta)
     assert (more.best, more.waited) == (best, waited)
 
 
 def test_patience_and_what_is_told() -> None:
     settings = EvaluationConfig(every=1, keep_best=True, patience=2)
-    assert [ends_early(settings, Standing(1, 0.5, waited)) for waited in range(4)] == [False, False, True, True]
-    assert not ends_early(EvaluationConfig(), Standing(1, 0.5, 9)), "0 is never"
-    told = choice(settings, Standing(4, 0.5, 2), 6, 10)
+    assert [ends_early(settings, Progress(1, 0.5, waited)) for waited in range(4)] == [False, False, True, True]
+    assert not ends_early(EvaluationConfig(), Progress(1, 0.5, 9)), "0 is never"
+    told = choice(settings, Progress(4, 0.5, 2), 6, 10)
     assert (told["round"], told["stopped_early"]) == (4, True)
     assert told["said"] == (
         "the result is round 4 of 10, the best by loss on the validation rows (0.500); "
         "stopped after round 6, 2 evaluations without a gain"
     )
-    last = choice(EvaluationConfig(every=1, patience=2, metric="checked"), Standing(4, 0.5, 1), 10, 10)
+    last = choice(EvaluationConfig(every=1, patience=2, metric="checked"), Progress(4, 0.5, 1), 10, 10)
     assert last["said"] == "the result is round 10 of 10; the best was 4 by correct on the validation rows (50.0 %)"
-    broken = choice(settings, Standing(None, None, 2), 2, 10)
+    broken = choice(settings, Progress(None, None, 2), 2, 10)
     assert broken["round"] == 2
     assert "no evaluation of the validation rows gave a number" in broken["said"]
 

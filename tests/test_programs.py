@@ -6,6 +6,8 @@ import itertools
 import json
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,7 @@ STOPPED = {
     "removes": ("import os; os.rmdir(FOLDER)", "raised PermissionError"),
     "sends a signal": ("import os; os.kill(os.getppid(), 9)", "raised PermissionError"),
     "asks": ("input()", "raised EOFError"),
+    "reads its request": ("import os; os.lseek(0, 0, 0); assert b'nonce' in os.read(0, 9999)", "raised OSError"),
     "crashes": ("import ctypes; ctypes.string_at(0)", "ended early"),
     "imports what is installed": ("import torch", "raised ModuleNotFoundError"),
 }
@@ -130,7 +133,18 @@ def test_a_program_that_does_not_end_is_ended(code: str, monkeypatch: pytest.Mon
 
 def test_secrets_in_the_environment_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "secret")
-    assert run_shut_in("import os; assert 'API_KEY' not in os.environ; assert len(os.environ) < 2", SHORT) == "passed"
+    assert run_shut_in("import os; assert 'API_KEY' not in os.environ; assert len(os.environ) < 3", SHORT) == "passed"
+
+
+def test_what_an_order_of_texts_decides_is_decided_alike_every_time() -> None:
+    assert len({run_shut_in("raise type(f'H{hash(chr(97))}', (Exception,), {})", SHORT) for _ in "ab"}) == 1
+
+
+def test_a_program_whose_maker_is_gone_is_not_run() -> None:
+    request = {"program": "pass", "nonce": "it", "parent": 1 << 30, "cpu_s": 1.0, "memory_bytes": 2**29}
+    command = [sys.executable, *shut_in.FLAGS, str(shut_in.CHILD)]
+    ended = subprocess.run(command, input=json.dumps(request).encode(), stdout=subprocess.PIPE, check=True)
+    assert ended.stdout == b"it open its maker is gone"
 
 
 def test_no_packet_leaves_a_program() -> None:

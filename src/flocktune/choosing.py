@@ -18,7 +18,7 @@ VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
-class Standing:
+class Progress:
     """What is known after some evaluations. ``best``: rounds done in the best one, None before there is a number.
 
     ``waited``: evaluations in a row, up to the last one, that gained no more than ``min_delta``.
@@ -29,18 +29,18 @@ class Standing:
     waited: int = 0
 
 
-def standing(settings: EvaluationConfig, evaluations: Iterable[Mapping[str, Any]]) -> Standing:
+def progress(settings: EvaluationConfig, evaluations: Iterable[Mapping[str, Any]]) -> Progress:
     """What a run's evaluations say of its rounds. Of equal rounds the first is the best; no number is never better."""
     values = [
         (int(event["round"]), event["overall"].get(settings.metric))
         for event in evaluations
         if event["dataset"] == VALIDATION
     ]
-    return judged(values, more_is_better=settings.metric in SHARES, min_delta=settings.min_delta)
+    return progress_by(values, more_is_better=settings.metric in SHARES, min_delta=settings.min_delta)
 
 
-def judged(values: Sequence[tuple[int, float | None]], *, more_is_better: bool, min_delta: float) -> Standing:
-    """The standing after ``values``, each of so many rounds done."""
+def progress_by(values: Sequence[tuple[int, float | None]], *, more_is_better: bool, min_delta: float) -> Progress:
+    """The progress after ``values``, each of so many rounds done."""
     sign = 1.0 if more_is_better else -1.0
     best, value, waited = None, None, 0
     bar: float | None = None  # the last value that was a gain: many small steps add up to one
@@ -51,15 +51,15 @@ def judged(values: Sequence[tuple[int, float | None]], *, more_is_better: bool, 
             bar, waited = found, 0
         else:
             waited += 1
-    return Standing(best, value, waited)
+    return Progress(best, value, waited)
 
 
-def ends_early(settings: EvaluationConfig, now: Standing) -> bool:
+def ends_early(settings: EvaluationConfig, now: Progress) -> bool:
     """Whether the run has waited long enough for a gain."""
     return 0 < settings.patience <= now.waited
 
 
-def choice(settings: EvaluationConfig, now: Standing, done: int, planned: int) -> dict[str, Any]:
+def choice(settings: EvaluationConfig, now: Progress, done: int, planned: int) -> dict[str, Any]:
     """What was decided after ``done`` of ``planned`` rounds, as an event and a summary tell it.
 
     ``round``: how many rounds are in the result. ``said``: the same for a person.
@@ -78,7 +78,7 @@ def choice(settings: EvaluationConfig, now: Standing, done: int, planned: int) -
     }
 
 
-def _said(settings: EvaluationConfig, now: Standing, kept: int, done: int, planned: int) -> str:
+def _said(settings: EvaluationConfig, now: Progress, kept: int, done: int, planned: int) -> str:
     if now.best is None:
         return f"the result is round {kept} of {planned}: no evaluation of the validation rows gave a number"
     percent = settings.metric in SHARES

@@ -16,12 +16,12 @@ import torch
 
 from flocktune.algorithms import fedbiot
 from flocktune.assemble import Assembly, engine_of, federation
-from flocktune.choosing import VALIDATION, Standing, choice, ends_early, standing
+from flocktune.choosing import VALIDATION, Progress, choice, ends_early, progress
 from flocktune.config.load import config_digest, load_recipe
 from flocktune.config.privacy_rules import privacy_in_force
 from flocktune.config.schema import FEDERATED
-from flocktune.engine.buffered import at_work, run_buffered
-from flocktune.engine.checkpoint import Checkpoint, CheckpointDamaged, load_checkpoint, save_checkpoint
+from flocktune.engine.buffered import in_order, run_buffered
+from flocktune.engine.checkpoint import Checkpoint, checkpoint_of, forget_after, load_checkpoint, save_checkpoint
 from flocktune.engine.rounds import Hooks, RoundRecord, run_rounds
 from flocktune.federated import server_side
 from flocktune.files import exclusive, read_json, write_atomic, write_json
@@ -140,13 +140,14 @@ class _Run:
         if checkpoint is None:
             self._emit(start_event(fed))
         else:
-            state, self.rounds_done = _ordered(checkpoint.state, state), checkpoint.rounds_done
+            state, self.rounds_done = in_order(checkpoint.state, state), checkpoint.rounds_done
             self.engine.memories.update(checkpoint.memories)
             self.looks = [event for event in read_events(self.log.path) if event["event"] == "evaluation"]
             self._emit({"event": "resumed", "round": self.rounds_done})
             if self.rounds_done == 0:  # the first alignment is in this checkpoint, its time in no round's event yet
                 done = [event["seconds"] for event in read_events(self.log.path) if event["event"] == "alignment"]
                 self.carried_s["align"] = sum(done)
+        forget_after(self.folder / "state" / BEST, self.rounds_done)
         buffered = config.scheduling.buffered if config.method in FEDERATED else None
         if buffered:
             loop = partial(run_buffered, fed.server, self.engine, list(fed.data.clients), buffered)
@@ -178,11 +179,11 @@ class _Run:
     @property
     def _over(self) -> bool:
         """Whether no round is left, or none is worth its cost."""
-        return self.rounds_done >= self.fed.rounds or ends_early(self.fed.config.evaluation, self.standing)
+        return self.rounds_done >= self.fed.rounds or ends_early(self.fed.config.evaluation, self.progress)
 
     @property
-    def standing(self) -> Standing:
-        return standing(self.fed.config.evaluation, self.looks)
+    def progress(self) -> Progress:
+        return progress(self.fed.config.evaluation, self.looks)
 
     def _emit(self, event: dict[str, Any]) -> None:
         event["time"] = time.time()
@@ -225,7 +226,7 @@ class _Run:
             return
         if fed.data.validation:
             look_at_rows(fed, emit, VALIDATION, fed.data.validation, state, done, final=False)
-            now = self.standing
+            now = self.progress
             if config.keep_best and now.best == done:
                 self._save(done, state, self.folder / "state" / BEST)
             last = last or ends_early(config, now)
@@ -246,17 +247,11 @@ class _Run:
         settings, done = self.fed.config.evaluation, self.rounds_done
         if not settings.chooses or not done:  # base has no rounds to choose from
             return state, done, {}
-        chosen = choice(settings, self.standing, done, self.fed.rounds)
+        chosen = choice(settings, self.progress, done, self.fed.rounds)
         if chosen["round"] != done:
             self._export(self.fed.server.result(state), self.folder / "adapters" / f"round-{done:05d}")
-            folder = self.folder / "state" / BEST
-            best = load_checkpoint(folder, chosen["round"])
-            if best is None:
-                raise CheckpointDamaged(
-                    f"{folder}: expected the state of the best round, {chosen['round']}, got nothing. Bring it back"
-                    " from a copy, or start a new run."
-                )
-            state, done = _ordered(best.state, state), chosen["round"]
+            best = checkpoint_of(self.folder / "state" / BEST, chosen["round"])
+            state, done = in_order(best.state, state), best.rounds_done
             self.engine.memories.clear()
             self.engine.memories.update(best.memories)
         self._emit({"event": "choice", **chosen})
@@ -300,11 +295,3 @@ class _Run:
         self._emit({"event": "run_end", "summary": summary})
         write_json(self.folder / "summary.json", summary)
         return summary
-
-
-def _ordered(saved: State, fresh: State) -> State:
-    """``saved`` in the order of a fresh state: a file's order is another, and sums over tensors round by their order.
-
-    What buffered rounds keep beside comes last.
-    """
-    return {name: saved[name] for name in fresh if name in saved} | at_work(saved)

@@ -27,6 +27,9 @@ from flocktune.wire import encoded_pieces
 
 _LOG = logging.getLogger(__name__)
 
+_UNSOUND = (UserError, OSError, KeyError, TypeError, ValueError)
+"""What reading a damaged checkpoint raises."""
+
 
 class CheckpointDamaged(FlocktuneError):
     """No checkpoint of the run can be read; the message names each one and what is wrong with it."""
@@ -70,19 +73,36 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
             state.unlink()  # the old ones', and what a kill between the two files left
 
 
-def load_checkpoint(folder: Path, rounds_done: int | None = None) -> Checkpoint | None:
+def forget_after(folder: Path, rounds_done: int) -> None:
+    """Remove the checkpoints of more rounds than that: they are of rounds that are about to happen again."""
+    for manifest in folder.glob("round-*.json"):
+        if int(manifest.stem.removeprefix("round-")) > rounds_done:
+            manifest.unlink()
+
+
+def checkpoint_of(folder: Path, rounds_done: int) -> Checkpoint:
+    """That of so many rounds and no other. Raises CheckpointDamaged when it is not sound or not there."""
+    path = folder / f"round-{rounds_done:05d}.json"
+    try:
+        return _read(path)
+    except _UNSOUND as error:
+        raise CheckpointDamaged(
+            f"{path.with_suffix('.safetensors')}: expected the state after {rounds_done} rounds, got: {error}\n"
+            "Bring it back from a copy, or start a new run."
+        ) from None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint, or None when none was ever finished. Warns of those that are not sound.
 
-    ``rounds_done``: that of so many rounds and no other. Raises CheckpointDamaged when there are checkpoints and none
-    of them is sound.
+    Raises CheckpointDamaged when there are checkpoints and none of them is sound.
     """
     problems = []
-    name = "round-*.*" if rounds_done is None else f"round-{rounds_done:05d}.*"
-    manifests = _newest_first({path.with_suffix(".json") for path in folder.glob(name)})
+    manifests = _newest_first({path.with_suffix(".json") for path in folder.glob("round-*.*")})
     for path in manifests:
         try:
             checkpoint = _read(path)
-        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        except _UNSOUND as error:
             problems.append(f"{path.with_suffix('.safetensors')}: {error}")
             continue
         for problem in problems:

@@ -1,6 +1,6 @@
 """Runs one program that nobody has read, after giving up all that it could do harm with. A script of its own:
 
-    python -I -S -B shut_in_child.py < request     a JSON object: program, nonce, cpu_s, memory_bytes
+    python -s -P -S -B shut_in_child.py < request     a JSON object: program, nonce, parent, cpu_s, memory_bytes
 
 Nothing of flocktune, and nothing that is installed, is imported here; what a program may import is imported before it
 starts. Then a seccomp filter lets the process compute, read and write what is open, and nothing else: no file, socket,
@@ -54,6 +54,13 @@ class _Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
 
 
+def end_with(parent: int) -> None:
+    """Let this process be killed when the process ``parent`` ends. Raises OSError when that is over already."""
+    _prctl(_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise OSError("its maker is gone")
+
+
 def shut_in() -> None:
     """Let this process make the calls of SYSCALLS and no others, from now on. Raises OSError where that can not be."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
@@ -64,12 +71,15 @@ def shut_in() -> None:
     lines += [(_EQUAL, len(allowed) - place, 0, number) for place, number in enumerate(allowed)]
     lines += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     instructions = (_Instruction * len(lines))(*(_Instruction(*line) for line in lines))
+    _prctl(_NO_NEW_PRIVS, 1)
+    _prctl(_SECCOMP, _FILTER, ctypes.byref(_Filter(len(lines), instructions)))
+
+
+def _prctl(option: int, *values: object) -> None:
+    padded = [option, *values, 0, 0, 0, 0][:5]
     call = ctypes.CDLL(None, use_errno=True).prctl
-    program = _Filter(len(lines), instructions)
-    for arguments in ((_PDEATHSIG, signal.SIGKILL), (_NO_NEW_PRIVS, 1), (_SECCOMP, _FILTER, ctypes.byref(program))):
-        padded = [*arguments, 0, 0, 0, 0][:5]
-        if call(*(ctypes.c_ulong(value) if isinstance(value, int) else value for value in padded)):
-            raise OSError(ctypes.get_errno(), f"prctl {arguments[0]}: {os.strerror(ctypes.get_errno())}")
+    if call(*(ctypes.c_ulong(value) if isinstance(value, int) else value for value in padded)):
+        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
 def limit(cpu_s: float, memory_bytes: int) -> None:
@@ -82,6 +92,7 @@ def limit(cpu_s: float, memory_bytes: int) -> None:
 
 def main() -> None:
     request = json.loads(sys.stdin.buffer.read())
+    os.close(0)  # or the program could read the request again
     for name in MODULES.split():
         __import__(name)
     nonce, program, write = request["nonce"], request["program"], os.write
@@ -89,6 +100,7 @@ def main() -> None:
     sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         limit(request["cpu_s"], request["memory_bytes"])
+        end_with(request["parent"])
         shut_in()
     except (OSError, ValueError) as error:
         write(1, f"{nonce} open {error}".encode())

@@ -160,8 +160,9 @@ def _read(text: str, key: str) -> Reply:
         start = " ".join(_hidden(text, key)[:80].split())
         raise ValueError(f"an answer that is no chat completion: {start!r}") from None
     if not isinstance(reply.text, str):
-        raise ValueError(f"an answer whose content is no text: {str(reply.text)[:80]!r}")
-    counts = [count if isinstance(count, int) else None for count in (reply.tokens_in, reply.tokens_out)]
+        raise ValueError(f"an answer whose content is no text: {_hidden(str(reply.text), key)[:80]!r}")
+    told = reply.tokens_in, reply.tokens_out
+    counts = [count if type(count) is int and count >= 0 else None for count in told]  # less than 0 would lower a cost
     reason = reply.finish_reason if isinstance(reply.finish_reason, str) else None
     return Reply(reply.text, reason, *counts)
 

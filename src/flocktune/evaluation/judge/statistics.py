@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from flocktune.evaluation.judge.verdicts import Verdict
+from flocktune.evaluation.scores import interval
 from flocktune.seeds import derive_seed
 
 RESAMPLES = 10_000
 _DRAWN_AT_ONCE = 1_000_000
-_NORMAL_975 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,4 @@ def relative_interval(ours: Sequence[float], baseline: Sequence[float]) -> list[
 
 def wilson(count: int, of: int) -> list[float] | None:
     """Wilson's 95 % interval of a share."""
-    if not of:
-        return None
-    share, z2 = count / of, _NORMAL_975**2
-    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
-    half = _NORMAL_975 / (1 + z2 / of) * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return list(interval(count / of, of)) if of else None
