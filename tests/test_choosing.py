@@ -15,6 +15,7 @@ from flocktune.allocation import allocate_clients
 from flocktune.choosing import Progress, choice, ends_early, progress_by
 from flocktune.config.evaluation import EvaluationConfig
 from flocktune.config.load import load_recipe, parse_recipe
+from flocktune.engine.checkpoint import Checkpoint
 from flocktune.errors import UserError
 from flocktune.evaluation.evaluate import Evaluation
 from flocktune.files import sha256_file
@@ -286,6 +287,28 @@ def test_killed_while_it_ends_it_looks_at_the_result_once_more_and_says_so_once(
     assert execute(folder)["choice"]["round"] == 2
     assert len(events(folder, "evaluation", "held_out")) == 1
     assert [len(events(folder, kind)) for kind in ("choice", "run_end", "round")] == [1, 1, 3]
+
+
+def test_bests_of_rounds_that_happen_again_are_forgotten(
+    world: World, tmp_path: Path, scripted: Callable[[Path, Sequence[float]], None]
+) -> None:
+    """In a federation a round that happens again may come out otherwise, since others take part."""
+    folder = begun(world, tmp_path / "run", "rounds=4")
+    real = runs.save_checkpoint
+
+    def kill(place: Path, checkpoint: Checkpoint, **more: Any) -> None:
+        if place.name == "state" and checkpoint.rounds_done == ends_before:
+            raise Killed
+        real(place, checkpoint, **more)
+
+    for values, ends_before in (([3.0, 2.0], 2), ([3.0, 4.0, 2.0], 3)):  # round 2 is the best; then 3 is, and 2 is not
+        scripted(folder, values)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "save_checkpoint", kill)
+            with pytest.raises(Killed):
+                execute(folder)
+    scripted(folder, [3.0, 4.0, 5.0, 6.0])
+    assert execute(folder)["choice"]["round"] == 1
 
 
 def test_the_emulators_part_is_of_the_best_round_too(

@@ -383,13 +383,14 @@ def test_the_estimate_and_what_was_spent(judge: Cli, tmp_path: Path) -> None:
     assert "600 tokens read and 60 written, 0.00 at the prices given" in " ".join(said.out.split())
 
 
-def test_tokens_that_are_not_reported_are_counted_by_the_rule(judge: Cli, tmp_path: Path) -> None:
-    with serving(lambda body, number: Says('{"first": 5, "second": 5}', usage=None)) as script:
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": -100, "completion_tokens": True}])
+def test_tokens_that_are_not_reported_are_counted_by_the_rule(judge: Cli, tmp_path: Path, usage: Any) -> None:
+    with serving(lambda body, number: Says('{"first": 5, "second": 5}', usage=usage)) as script:
         said = judge(script)
         told = [len(str(one["messages"][0]["content"]).encode()) for one in script.requests]
-    usage = table(tmp_path)["usage"]
-    assert usage["tokens"] == usage["tokens_now"] == [sum(-(-size // 4) + 8 for size in told), 6 * (7 + 8)]
-    assert usage["tokens_guessed"]
+    counted = table(tmp_path)["usage"]
+    assert counted["tokens"] == counted["tokens_now"] == [sum(-(-size // 4) + 8 for size in told), 6 * (7 + 8)]
+    assert counted["tokens_guessed"]
     assert "by the rule" in said.out
 
 

@@ -22,7 +22,12 @@ from flocktune.files import sha256_file
 from forked_runs import ForkedRuns
 
 VARIANTS = {
-    "adam": ("aggregation.server_optimizer={kind: adam, lr: 0.05}", "checkpoint.keep_adapters_every=2"),
+    "adam": (
+        "aggregation.server_optimizer={kind: adam, lr: 0.05}",
+        "checkpoint.keep_adapters_every=2",
+        "data.validation_rows_per_category=1",
+        "evaluation={every: 1, keep_best: true}",
+    ),
     "momentum": ("aggregation.server_optimizer={kind: sgd, momentum: 0.9}", "checkpoint.keep_adapters_every=2"),
     "fedbiot": (
         "method=fedbiot",
