@@ -296,15 +296,18 @@ def test_bests_of_rounds_that_happen_again_are_forgotten(
     folder = begun(world, tmp_path / "run", "rounds=4")
     real = runs.save_checkpoint
 
-    def kill(place: Path, checkpoint: Checkpoint, **more: Any) -> None:
-        if place.name == "state" and checkpoint.rounds_done == ends_before:
-            raise Killed
-        real(place, checkpoint, **more)
+    def killed(at: int) -> Callable[..., None]:
+        def save(place: Path, checkpoint: Checkpoint, **more: Any) -> None:
+            if place.name == "state" and checkpoint.rounds_done == at:
+                raise Killed
+            real(place, checkpoint, **more)
 
-    for values, ends_before in (([3.0, 2.0], 2), ([3.0, 4.0, 2.0], 3)):  # round 2 is the best; then 3 is, and 2 is not
+        return save
+
+    for values, at in (([3.0, 2.0], 2), ([3.0, 4.0, 2.0], 3)):  # round 2 is the best; then 3 is, and 2 is not
         scripted(folder, values)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runs, "save_checkpoint", kill)
+            patch.setattr(runs, "save_checkpoint", killed(at))
             with pytest.raises(Killed):
                 execute(folder)
     scripted(folder, [3.0, 4.0, 5.0, 6.0])

@@ -102,9 +102,11 @@ def test_log_likelihoods_are_our_own(
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--harness", "spelled_ot"], "Near it: spelled_out"),
+        (["--harness", "spelled_out, spelled_ot"], "Near it: spelled_out"),
         (["--harness", "elsewhere"], "a task whose data can be had"),
         (["--harness", "elsewhere", "--task", "choice"], "--task: expected none beside --harness"),
+        (["--harness", "elsewhere", "--seed", "0"], "--seed: expected none beside --harness"),
+        ([], "--harness-tasks: expected --harness beside it"),
     ],
 )
 def test_tasks_that_can_not_be_had(

@@ -409,6 +409,12 @@ def test_no_request_is_sent_that_might_cost_more_than_is_allowed(judge: Cli, tmp
     assert judge(script.url, "--max-cost", 1).code == 2
 
 
+def test_a_request_may_read_a_token_for_every_byte(judge: Cli) -> None:
+    with serving(longer_is_better) as script:
+        said = judge(script, "--price-in", 1e6, "--max-cost", 700)
+    assert (said.code, script.requests) == (1, []), "by the rule it would be some 400"
+
+
 def test_requests_keep_their_distance(judge: Cli) -> None:
     times: list[float] = []
 
@@ -472,7 +478,7 @@ def test_killed_anywhere_it_goes_on_and_pays_for_nothing_twice(
         assert whole.code == 0, whole.output
         assert whole.disk_calls
         wanted = pair(tmp_path)
-        for crash_at in range(1, whole.disk_calls + 1, 5):
+        for crash_at in range(1, whole.disk_calls + 1, 10):  # three calls a reply: each in its turn
             shutil.rmtree(tmp_path / "out")
             shutil.rmtree(tmp_path / "cache")
             script.requests.clear()

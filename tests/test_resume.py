@@ -22,13 +22,13 @@ from flocktune.files import sha256_file
 from forked_runs import ForkedRuns
 
 VARIANTS = {
-    "adam": (
-        "aggregation.server_optimizer={kind: adam, lr: 0.05}",
+    "adam": ("aggregation.server_optimizer={kind: adam, lr: 0.05}", "checkpoint.keep_adapters_every=2"),
+    "momentum": (
+        "aggregation.server_optimizer={kind: sgd, momentum: 0.9}",
         "checkpoint.keep_adapters_every=2",
         "data.validation_rows_per_category=1",
-        "evaluation={every: 1, keep_best: true}",
+        "evaluation={every: 1, keep_best: true, metric: exact_match}",  # nothing is right: the best round is the first
     ),
-    "momentum": ("aggregation.server_optimizer={kind: sgd, momentum: 0.9}", "checkpoint.keep_adapters_every=2"),
     "fedbiot": (
         "method=fedbiot",
         "emulator={adapter_layers: 1, drop: 0.0}",

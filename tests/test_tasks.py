@@ -251,6 +251,7 @@ def test_eval_of_each_task_on_rows_of_ones_own(cli: Callable[..., Said], chosen:
     [
         (["--task", "sums"], "--task: expected one of text, number, choice"),
         (["--task", "number"], "12 of 12 without"),
+        (["--samples", "3"], "--samples: expected --task code beside it"),
         (["--column", "choices=options"], "--data besides"),
         (["--data", "x.jsonl", "--column", "options"], "FIELD=COLUMN"),
         (["--data", "x.jsonl", "--column", "option=choices"], "with one of instruction"),

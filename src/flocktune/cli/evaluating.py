@@ -87,11 +87,17 @@ def evaluate_command(
     columns = _columns(column or [], data)
     if harness:
         needs_extra("lm_eval", "harness")
-        _refuse_beside("--harness", {"--data": data, "--task": task, "--column": column})
+        said = {"--data": data, "--task": task, "--column": column, "--max-new-tokens": max_new_tokens}
+        _refuse_beside("--harness", {**said, **_of_code(run_generated_code, samples, temperature, seed)})
+    else:
+        _refuse_without("--harness", {"--harness-tasks": harness_tasks, "--in-template": in_template})
     tuned = open_result(result, method, base, emulator=as_emulator(model))
     if harness:
-        _harness(tuned, harness.split(","), harness_tasks, max_rows, in_template, output, answers)
+        names = [name.strip() for name in harness.split(",") if name.strip()]
+        _harness(tuned, names, harness_tasks, max_rows, in_template, output, answers)
         return
+    if (task or tuned.config.evaluation.task) != "code":
+        _refuse_without("--task code", _of_code(run_generated_code, samples, temperature, seed))
     code = {"run_generated_code": run_generated_code, "samples": samples, "temperature": temperature}
     settings = _settings(tuned.config, task, max_new_tokens, {**code, "seed": seed})
     if settings.task == "code":
@@ -117,8 +123,31 @@ def _refuse_beside(option: str, others: Mapping[str, Any]) -> None:
     UserError.raise_all(
         Problem(other, f"none beside {option}, whose tasks have rows and rules of their own", str(value))
         for other, value in others.items()
-        if value
+        if _is_said(value)
     )
+
+
+def _refuse_without(option: str, others: Mapping[str, Any]) -> None:
+    """Raise UserError for options that mean nothing without another."""
+    from flocktune.errors import Problem, UserError
+
+    UserError.raise_all(
+        Problem(other, f"{option} beside it, which alone it is for", "none")
+        for other, value in others.items()
+        if _is_said(value)
+    )
+
+
+def _is_said(value: Any) -> bool:
+    return value is not None and value is not False and value != []
+
+
+def _of_code(
+    run_generated_code: bool, samples: int | None, temperature: float | None, seed: int | None
+) -> Mapping[str, Any]:
+    """Options of task code alone."""
+    told = {"--samples": samples, "--temperature": temperature, "--seed": seed}
+    return {"--run-generated-code": run_generated_code, **told}
 
 
 def _harness(

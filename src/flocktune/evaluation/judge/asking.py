@@ -22,6 +22,7 @@ BYTES_A_TOKEN = 4
 """The rule by which tokens are guessed before they are counted: so many UTF-8 bytes of a text each, and a few more."""
 
 _TOKENS_A_MESSAGE = 8
+_LONGEST_FRAME = 64
 _GIVE_UP_AFTER = 3
 """So many requests in a row that the server did not answer, after all tries of each, end the work."""
 
@@ -90,7 +91,7 @@ class Prices:
 
 @dataclass
 class Spent:
-    """A running count. ``reserved`` is what requests that are out may still cost at most, by the rule."""
+    """A running count. ``reserved`` is what requests that are out may still cost at most."""
 
     prices: Prices = field(default_factory=Prices)
     max_cost: float | None = None
@@ -262,7 +263,8 @@ class _Asking:
 
     async def _pay(self, duel: Duel, attempt: int) -> Reply | None:
         guess = most_tokens(self.judge, duel, attempt)
-        most = self.spent.prices.cost(*guess)
+        read = len(duel.message(attempt).encode()) + _LONGEST_FRAME  # no tokenizer makes more tokens than bytes
+        most = self.spent.prices.cost(read, guess[1])
         while not self.spent.affords(most):
             if not self.spent.reserved:  # what is out may turn out cheaper than it might have been
                 self.broke = True
