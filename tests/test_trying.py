@@ -164,6 +164,11 @@ def test_what_a_model_writes_does_not_steer_the_terminal() -> None:
     assert talking.printable("a\x1b[2Jb\r\tc\nd\x07\u202e日") == "a[2Jb\tc\nd日"
 
 
+def test_an_answer_without_a_word_is_said_to_be_one(runs: tuple[Path, Path], monkeypatch) -> None:
+    monkeypatch.setattr(talking, "answer", lambda *_: (piece for piece in ()))
+    assert "(nothing)" in converse(open_sides(runs[0]), ["Which colour?"], monkeypatch)
+
+
 @pytest.mark.parametrize(("terminal", "seen"), [(True, "a[2Jb"), (False, "a\x1b[2Jb")])
 def test_one_answer_steers_no_terminal_and_is_whole_in_a_script(
     runs: tuple[Path, Path], monkeypatch, terminal: bool, seen: str

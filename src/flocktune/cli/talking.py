@@ -129,7 +129,7 @@ def _answer(talk: Talk, sides: Sequence[Side], console: Console, *, again: bool 
             except KeyboardInterrupt:
                 stopped = True
                 break
-    console.print(_shown(answers, wide))
+    console.print(_shown({name: text or "(nothing)" for name, text in answers.items()}, wide))
     if stopped:
         console.print("Stopped.", style="dim")
     for name, text in answers.items():
