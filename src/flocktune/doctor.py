@@ -25,6 +25,7 @@ State: TypeAlias = Literal["ok", "absent", "warning", "problem"]
 _LITTLE_BYTES, _NOTHING_BYTES = 2_000_000_000, 100_000_000
 _NOT_FOR_USERS = ("dev", "docs")
 """Extras for work on flocktune itself."""
+_ANEW = "Install anew, in flocktune's source: pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ def _soundly(part: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Findi
         yield from look()
     except Exception as error:  # whatever a broken library throws
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        yield Finding(
-            part, "examination", "problem", f"broke off: {why}", "Install anew: pip install --force flocktune"
-        )
+        yield Finding(part, "examination", "problem", f"broke off: {why}", "Install anew what it names, by pip.")
 
 
 # --- versions and extras ---------------------------------------------------------------------------------
@@ -253,8 +252,7 @@ def _embedded() -> Iterator[Finding]:
         if not (folder / name).is_file() or sha256_file(folder / name) != made["sha256"]
     ]
     if damaged:
-        fix = "Install anew: pip install --force-reinstall --no-deps flocktune"
-        yield Finding(part, "files", "problem", f"missing or damaged: {', '.join(damaged)}", fix)
+        yield Finding(part, "files", "problem", f"missing or damaged: {', '.join(damaged)}", _ANEW)
         return
     yield Finding(part, "files", "ok", f"{len(wanted)} files as they were made (sha256)")
     yield _forward(part)
