@@ -28,7 +28,7 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from flocktune.engine.flower import objects
-from flocktune.engine.flower.grid_link import GridLink
+from flocktune.engine.flower.grid_link import GridLink, _reply_of
 from flocktune.engine.flower.messages import MESSAGE_TYPE, NODE_UNAVAILABLE, content_of, parcel_of
 from flocktune.engine.flower.objects import MOST_TOLD_BYTES, Arriving
 from flocktune.engine.parcels import REASON_LIMIT, LinkDown, Lost, Parcel
@@ -441,3 +441,10 @@ def test_what_was_taken_and_is_no_message_never_keeps_a_client_away(
     monkeypatch.setattr(room, "message_from_proto", chokes)
     with fleet_of(tmp_path, Coordinator()).connected():
         assert not (tmp_path / "task").exists()
+
+
+def test_what_flower_says_of_a_client_is_fit_for_a_terminal() -> None:
+    error = SimpleNamespace(code=2, reason="\x1b]0;mine\x07gone" + "x" * 9000)
+    lost = _reply_of(SimpleNamespace(has_error=lambda: True, error=error))
+    assert lost.reason.startswith("Flower's error 2:  ]0;mine gone")
+    assert len(lost.reason) <= REASON_LIMIT
