@@ -154,7 +154,10 @@ def test_killed_at_random_instants_a_run_goes_on_to_the_same_bits(
             child = go_on(forked, world, folder, VARIANTS[variant])
             time.sleep(draw.uniform(0.1, 1.0) * whole_s)
             child.kill()
-            hits += child.wait().code == -signal.SIGKILL
+            if child.wait().code != -signal.SIGKILL:  # the machine has become faster, and there is nothing left to kill
+                whole_s *= 0.8
+                break
+            hits += 1
         ended = go_on(forked, world, folder, VARIANTS[variant]).wait()
         assert ended.code == 0, ended.output
         assert result(folder) == result(unbroken[variant])
