@@ -56,7 +56,8 @@ def run_harness(
     for data that can not be had.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for library in ("lm_eval", "huggingface_hub"):  # every try to reach a hub, twice each, hides what came of them
+        logging.getLogger(library).setLevel(logging.ERROR)
     import lm_eval
 
     if folder is not None and not folder.is_dir():
