@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WIDE = (1280, 900)
 PHONE = (390, 844)
 HERE = ("", "127.0.0.1", "localhost", "::1")
+PATIENCE_MS = 120_000
+"""No test fails for a slow machine."""
 
 Opener = Callable[..., "Page"]
 
@@ -55,6 +57,7 @@ def open_page(browser: Browser) -> Iterator[Opener]:
     def load(address: Path | str, size: tuple[int, int] = WIDE, scheme: str = "light") -> Page:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(PATIENCE_MS)
         context.route(lambda url: urlparse(url).hostname not in (None, *HERE), lambda route: route.abort())
         page = context.new_page()
         page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}") if said.type == "error" else None)

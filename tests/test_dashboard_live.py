@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser import flaws
+from browser import PATIENCE_MS, flaws
 from conftest import World
 from fake_runs import as_lines, fake_run, round_event
 from forked_runs import ForkedRuns
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.needs_chromium
 
-TIMEOUT_MS = 60_000
 ROUNDS = ("rounds=400", "evaluation.every=0", "evaluation.max_rows=1")
 
 
@@ -66,7 +65,7 @@ def follow() -> Iterator[Callable[[Path], str]]:
 
 def until(page: Page, what: str, *given: object) -> None:
     """Wait until a JavaScript expression of the page is true."""
-    page.wait_for_function(what, arg=list(given) or None, timeout=TIMEOUT_MS)
+    page.wait_for_function(what, arg=list(given) or None, timeout=PATIENCE_MS)
 
 
 def has(page: Page, selector: str, text: str) -> None:
@@ -91,7 +90,7 @@ def test_a_run_is_followed_through_its_life(
     child = forked.start("run", world.recipe, *ROUNDS, "--out", runs / "long")
     has(page, "#runs", "running")
     page.click("text=long")
-    assert same() is False
+    until(page, "() => window.sameAsEver !== true")
     same = never_loaded_again(page)
     round_done = "() => Number(/round (\\d+) of/.exec(document.querySelector('.now').textContent)[1])"
     has(page, "#state", "left")
@@ -131,10 +130,10 @@ def test_the_end_and_the_reason_of_a_failure(
     assert (short.wait().code, failing.wait().code) == (0, 1)
     assert same()
     page.click("text=failing")
-    assert "NaN or infinite values" in page.locator("#state").inner_text()
+    has(page, "#state", "NaN or infinite values")
     page.goto(f"{url}run/short")
     page.click("#to-report")
-    assert page.title().startswith("tiny")
+    until(page, "() => document.title.startsWith('tiny')")
 
 
 def test_a_lost_connection_is_said_and_healed(tmp_path: Path, browser: Browser) -> None:

@@ -138,6 +138,7 @@ def test_the_site_as_it_is_served(served: str, open_page: Opener, scheme: str) -
     phone = open_page(f"{served}/reference/recipe.html", PHONE, scheme)
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
     page.keyboard.press("/")
+    page.wait_for_function("document.activeElement.matches('[data-md-component=search-query]')")
     page.keyboard.type("proximal")
     page.wait_for_selector(".md-search-result__link")
     assert page.locator(".md-search-result__link").count() > 0

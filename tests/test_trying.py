@@ -215,15 +215,15 @@ def page_address(runs: tuple[Path, Path]) -> Iterator[tuple[str, tuple[Side, ...
 @pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", PHONE)])
 def test_the_page_answers_twice_and_asks_nothing_of_the_outside(page_address, open_page: Opener, scheme, size) -> None:  # noqa: F811
     address, sides = page_address
+    expected = {side.name: said(side) for side in sides}  # before the page asks: both have one model
     page = open_page(address, size, scheme)
     page.get_by_label("Instruction").fill("Which colour?")
     page.get_by_role("button", name="Answer", exact=True).click()
-    for side in sides:
-        expected = said(side)
+    for name, text in expected.items():
         page.wait_for_function(
             "([name, text]) => [...document.querySelectorAll('label')].some("
             "label => label.innerText.trim() == name && label.querySelector('textarea')?.value == text)",
-            arg=[side.name, expected],
+            arg=[name, text],
         )
     fonts = page.evaluate("[...document.fonts].filter(font => font.status != 'unloaded').length")
     assert fonts == 0, "system fonts alone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,6 @@ def dashboard(
         console.print("It only reads. Ctrl-C ends it; runs go on.", style="dim")
         if open_browser:
             webbrowser.open(url)
-        try:
+        with suppress(KeyboardInterrupt):  # where a shell ignores it, as in its background, the server just returns
             serve(Watch(folder.resolve(), str(folder)), opened, host)
-        except KeyboardInterrupt:
-            console.print("Ended.", style="dim")
+        console.print("Ended.", style="dim")
