@@ -102,11 +102,7 @@ def server_half(
                 raise NotFinite(f"alignment before round {round + 1}: {_for_the_server(error)}") from None
             state = {**state, **prefixed(EMULATOR, pair.emulator.tensors(emulator))}
         after = _measure(known, public) if steps else before
-        told = {
-            "steps": steps,
-            **_told(before, after, alignment.kl_weight),
-            "seconds": time.perf_counter() - started,
-        }
+        told = {"steps": steps, **_told(before, after, alignment.kl_weight), "seconds": time.perf_counter() - started}
         return {**state, "aligned": torch.tensor(round + 1)}, told
 
     def message(state: State, round: int) -> Tensors:

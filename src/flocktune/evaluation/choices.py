@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flocktune.config.evaluation import OF_TASK
 from flocktune.data.encoding import Encoded
 from flocktune.data.examples import Example
 from flocktune.data.rows import Row, encode_rows, shorten
@@ -21,7 +22,7 @@ from flocktune.data.templates import Template
 from flocktune.errors import Problem, UserError
 from flocktune.evaluation.memorisation import row_losses
 
-CHOICE_SCORES = ("choice", "choice_per_token", "choice_per_byte")
+CHOICE_SCORES = OF_TASK["choice"]
 
 
 @dataclass(frozen=True)

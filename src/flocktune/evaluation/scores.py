@@ -10,22 +10,14 @@ from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flocktune.config.evaluation import OF_TASK
 from flocktune.data.checks import passes
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
 TEXT_SCORES = ("exact_match", "contains", "rouge_l", "checked")
-SCORES = (
-    *TEXT_SCORES,
-    "number_match",
-    "choice",
-    "choice_per_token",
-    "choice_per_byte",
-    "pass_at_1",
-    "pass_at_10",
-    "pass_at_100",
-)
+SCORES = (*TEXT_SCORES, *OF_TASK["number"], *OF_TASK["choice"], *OF_TASK["code"])
 """Every score there is, in the order in which they are shown."""
 
 _END = " .,;:!?"

@@ -144,16 +144,19 @@ def most_tokens(judge: Judge, duel: Duel, attempt: int = 0) -> tuple[int, int]:
 def from_cache(judge: Judge, duel: Duel, folder: Path) -> Outcome | None:
     """What is known without asking; None when an attempt is still to be made."""
     replies: list[Reply] = []
-    result: Verdict | Fault = "no reply"
-    for attempt in range(judge.attempts):
-        reply = stored_reply(folder, judge.key(duel, attempt))
+    while (outcome := _outcome(replies, judge.attempts)) is None:
+        reply = stored_reply(folder, judge.key(duel, len(replies)))
         if reply is None:
             return None
         replies.append(reply)
-        result = read_verdict(reply.text, reply.finish_reason)
-        if isinstance(result, Verdict):
-            break
-    return Outcome(result, tuple(replies))
+    return outcome
+
+
+def _outcome(replies: Sequence[Reply], attempts: int) -> Outcome | None:
+    """What the replies so far come to; None when one more is to be asked for."""
+    result: Verdict | Fault = read_verdict(replies[-1].text, replies[-1].finish_reason) if replies else "no reply"
+    ended = isinstance(result, Verdict) or len(replies) == attempts
+    return Outcome(result, tuple(replies)) if ended else None
 
 
 def ask_all(
@@ -250,16 +253,13 @@ class _Asking:
     async def _ask(self, duel: Duel) -> Outcome | None:
         """All attempts; None when the price allows no more."""
         replies: list[Reply] = []
-        result: Verdict | Fault = "no reply"
-        for attempt in range(self.judge.attempts):
+        while (outcome := _outcome(replies, self.judge.attempts)) is None:
+            attempt = len(replies)
             reply = stored_reply(self.folder, self.judge.key(duel, attempt)) or await self._pay(duel, attempt)
             if reply is None:
                 return None
             replies.append(reply)
-            result = read_verdict(reply.text, reply.finish_reason)
-            if isinstance(result, Verdict):
-                break
-        return Outcome(result, tuple(replies))
+        return outcome
 
     async def _pay(self, duel: Duel, attempt: int) -> Reply | None:
         guess = most_tokens(self.judge, duel, attempt)
